@@ -1,0 +1,126 @@
+"""Pictures by name, out of a folder or a .zip: the same RGB pixels as BLIP's `Image.open(path).convert('RGB')`.
+
+Where that line gives nonsense or a crash (16-bit greyscale, bombs, truncated files), see `to_rgb`, `ImageStore.load`.
+"""
+
+import io
+import os
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data.scenes import ARCHIVE
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def find_path(path: str | os.PathLike) -> Path:
+    """A relative path from the working directory or, if it is not there, from the repository root."""
+    here = Path(path).expanduser()
+    there = REPOSITORY / here  # an absolute path stays what it is
+    return there if there.exists() and not here.exists() else here
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """First frame as RGB; as in BLIP, alpha is dropped and an EXIF orientation is not applied."""
+    if image.mode.startswith("I"):  # 16-bit greyscale: Pillow would clip at 255, which leaves a white picture
+        grey = np.asarray(image).astype(np.int64)
+        if grey.max(initial=0) > 255:
+            grey = grey >> 8
+        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # same colours in the end, without Pillow's warning for each picture
+    return image.convert("RGB")
+
+
+class ImageStore:
+    """Images under `image_root`, a folder or a .zip archive; it can be sent to, or inherited by, worker processes."""
+
+    def __init__(self, root: str | os.PathLike) -> None:
+        if not os.fspath(root):
+            raise ValueError("image_root is empty: set it to the folder, or the .zip, that holds the images")
+        self.root = find_path(root)
+        self.is_zip = self.root.suffix.lower() == ".zip"
+        self._zip: zipfile.ZipFile | None = None
+        self._zip_pid = 0
+        if not (self.root.is_file() if self.is_zip else self.root.is_dir()):
+            kind = "archive" if self.is_zip else "folder (nor a .zip)"
+            raise ValueError(
+                f"image_root {self.root} is no {kind}: set image_root in the config to where the images are "
+                "(a relative path is looked up from the working directory, then from the repository)"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_zip": None}
+
+    @property
+    def archive(self) -> zipfile.ZipFile:
+        """The archive, opened once per process: a forked worker must not share the file position of its parent."""
+        if self._zip is None or self._zip_pid != os.getpid():
+            try:
+                self._zip, self._zip_pid = zipfile.ZipFile(self.root), os.getpid()
+            except (zipfile.BadZipFile, OSError) as error:
+                raise ValueError(f"image_root {self.root} cannot be read as a .zip archive: {error}") from error
+        return self._zip
+
+    def load(self, name: str) -> Image.Image:
+        """The RGB picture called `name`; ValueError names the file when it is absent, broken or absurdly large."""
+        try:
+            with Image.open(self._open(name)) as image:
+                limit = Image.MAX_IMAGE_PIXELS
+                if limit and image.width * image.height > limit:
+                    raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, {limit} at most")
+                return to_rgb(image)
+        except (KeyError, FileNotFoundError):
+            raise ValueError(f"image {name} is missing from image_root {self.root}") from None
+        except Image.DecompressionBombError as error:
+            raise ValueError(
+                f"image {name} in {self.root} is too large to be decoded safely ({error}): scale it down"
+            ) from None
+        except Exception as error:  # a broken file can raise nearly anything in Pillow's decoders
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(
+                f"image {name} in {self.root} cannot be read ({reason}): "
+                "replace the file, or remove its rows from the annotations"
+            ) from error
+
+    def _open(self, name: str) -> io.BytesIO | Path:
+        return io.BytesIO(self.archive.read(name)) if self.is_zip else self.root / name
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Those of `names` that are not there, in their order; a folder is listed once, not asked file by file."""
+        names = list(names)
+        if self.is_zip:
+            return [name for name in names if name not in self.archive.NameToInfo]
+        by_folder: dict[str, set[str]] = defaultdict(set)
+        for folder in {os.path.dirname(name) for name in names}:
+            if (self.root / folder).is_dir():
+                by_folder[folder] = set(os.listdir(self.root / folder))
+        return [name for name in names if os.path.basename(name) not in by_folder[os.path.dirname(name)]]
+
+
+def open_store(cfg: Any) -> ImageStore:
+    """The images of the config's data set; those of `scenes` lie beside its annotations, wherever image_root points."""
+    return ImageStore(find_path(cfg.ann_root) / ARCHIVE if cfg.dataset == "scenes" else cfg.image_root)
+
+
+def require_images(store: ImageStore, names: Sequence[str]) -> None:
+    """Raise ValueError with the first missing path and the number of missing ones, unless all are there."""
+    missing = store.missing(names)
+    if not missing:
+        return
+    hint = "set image_root so that image_root/path exists"
+    if store.is_zip:
+        hint = "the paths inside the archive have to equal those in the annotations"
+        longer = next((entry for entry in store.archive.NameToInfo if entry.endswith("/" + missing[0])), None)
+        if longer:
+            hint += f"; it holds {longer}, so pack it again without the leading {longer.removesuffix(missing[0])}"
+    raise ValueError(
+        f"{len(missing)} of {len(names)} images are missing under image_root {store.root}, "
+        f"the first is {missing[0]}: {hint}"
+    )

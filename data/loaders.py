@@ -1,0 +1,109 @@
+"""Which samples a process trains on in each step, and the loaders of training and evaluation.
+
+Source of the order: `torch.utils.data.DistributedSampler`, as BLIP uses it on as many ranks as the recipe has GPUs.
+b samples of a rank in a step, S image side.
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler, Subset
+
+from data.annotations import Annotations
+from data.images import open_store
+from data.retrieval import EvalImages, RetrievalTrain, collate_train
+from transform.image import eval_transform, train_transform
+
+logger = logging.getLogger(__name__)
+
+
+class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
+    """The (epoch, index) pairs of each optimizer step, for those `ranks` of the recipe that this process plays.
+
+    Rank r of the recipe gets in step i what `DistributedSampler(num_replicas=ranks, rank=r, shuffle=True, seed=seed)`
+    and a batch of b = global_batch // ranks with drop_last give it. Each step is one list, the local ranks one after
+    the other, so len(local_ranks) * b pairs; the length is the steps of a whole epoch, whatever start_step is.
+    """
+
+    def __init__(self, num_samples: int, global_batch: int, ranks: int, local_ranks: range, seed: int) -> None:
+        assert global_batch % ranks == 0 and 0 <= min(local_ranks) <= max(local_ranks) < ranks
+        self.num_samples, self.ranks, self.local_ranks, self.seed = num_samples, ranks, local_ranks, seed
+        self.rank_batch = global_batch // ranks
+        self.rank_samples = -(-num_samples // ranks)  # the last ones repeat the first, so that all ranks get as many
+        self.epoch, self.start_step = 0, 0
+        if len(self) == 0:
+            raise ValueError(
+                f"{num_samples} training captions do not fill one global batch of {global_batch}: "
+                "lower global_batch_size (or batch_size_train), or add data"
+            )
+
+    def __len__(self) -> int:
+        return self.rank_samples // self.rank_batch
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        """Choose the epoch of the next iteration and, when resuming inside it, the first step that is left."""
+        self.epoch, self.start_step = epoch, start_step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, b = self.epoch, self.rank_batch
+        order = torch.randperm(self.num_samples, generator=torch.Generator().manual_seed(self.seed + epoch))
+        order = order.repeat(-(-self.rank_samples * self.ranks // self.num_samples))[: self.rank_samples * self.ranks]
+        by_rank = order.view(self.rank_samples, self.ranks).T  # (ranks, samples of a rank)
+        local = by_rank[self.local_ranks.start : self.local_ranks.stop]
+        for step in range(self.start_step, len(self)):
+            yield [(epoch, index) for index in local[:, step * b : (step + 1) * b].flatten().tolist()]
+
+
+class Loader(DataLoader):
+    """A DataLoader whose workers' ValueErrors arrive as the one paragraph they are, without the worker's traceback."""
+
+    def __iter__(self) -> Iterator:
+        paragraph = None
+        try:
+            yield from super().__iter__()
+        except ValueError as error:
+            logger.debug("while loading: %s", error)
+            paragraph = str(error).rpartition("\nValueError: ")[2].strip()
+            error.__traceback__ = None  # it keeps hold of the workers; so does _iterator: without both they end now
+            self._iterator = None
+        if paragraph is not None:
+            raise ValueError(paragraph)
+
+
+def _start_worker(_: int) -> None:
+    """One thread for each worker: several workers with a pool each slow one another down."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _common(workers: int, device: torch.device) -> dict[str, Any]:
+    """Options of both loaders; their own generator keeps the global one, which dropout draws from, untouched."""
+    return {
+        "num_workers": workers,
+        "pin_memory": device.type == "cuda",
+        "worker_init_fn": _start_worker,
+        "generator": torch.Generator().manual_seed(0),
+    }
+
+
+def train_loader(cfg: Any, annotations: Annotations, sampler: GlobalBatchSampler, device: torch.device) -> DataLoader:
+    """`TrainBatch` after `TrainBatch` in the sampler's order, one for each optimizer step."""
+    transform = train_transform(cfg.image_size) if cfg.augment else eval_transform(cfg.image_size)
+    skip = cfg.on_bad_image == "skip"
+    return Loader(
+        RetrievalTrain(annotations, open_store(cfg), transform, sampler.seed, skip),
+        batch_sampler=sampler,
+        collate_fn=collate_train,
+        persistent_workers=cfg.num_workers > 0,
+        **_common(cfg.num_workers, device),
+    )
+
+
+def eval_image_loader(cfg: Any, annotations: Annotations, indices: Sequence[int], device: torch.device) -> DataLoader:
+    """(b, 3, S, S) float32 batches of the images `indices` of the gallery, in their order; the last may be smaller."""
+    images = EvalImages(annotations, open_store(cfg), eval_transform(cfg.image_size))
+    workers = min(cfg.num_workers, -(-len(indices) // cfg.batch_size_test))
+    return Loader(Subset(images, indices), batch_size=cfg.batch_size_test, **_common(workers, device))

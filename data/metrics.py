@@ -1,0 +1,70 @@
+"""Recall@K from shortlists, as pure numpy functions.
+
+A candidate is right when its id equals the query's: several captions of an image, and several images of one id, are all
+right answers. Rank = number of candidates that score better than the best right one; on a tie the lower gallery index
+comes first. A right answer outside the shortlist is not found at any K. (BLIP sorts dense rows with numpy's unstable
+argsort, so its ties are undefined; without ties the numbers are the same.)
+
+Shapes: Q queries, G gallery, k shortlist.
+"""
+
+from math import comb
+
+import numpy as np
+
+KS = (1, 5, 10)
+NOT_FOUND = np.iinfo(np.int64).max
+
+
+def ranks(candidates: np.ndarray, scores: np.ndarray, query_ids: np.ndarray, gallery_ids: np.ndarray) -> np.ndarray:
+    """0-based rank of the best right answer of each query: candidates and scores (Q, k) -> (Q,) int64."""
+    if not np.isfinite(scores).all():
+        raise ValueError(
+            f"{np.count_nonzero(~np.isfinite(scores))} of {scores.size} scores are not finite: the weights are broken "
+            "(a diverged run, or a checkpoint that does not fit), so no Recall exists."
+        )
+    right = gallery_ids[candidates] == query_ids[:, None]  # (Q, k)
+    best = np.where(right, scores, -np.inf).max(1, keepdims=True)
+    first = np.where(right & (scores == best), candidates, NOT_FOUND).min(1, keepdims=True)
+    ahead = (scores > best) | ((scores == best) & (candidates < first))
+    return np.where(right.any(1), ahead.sum(1), NOT_FOUND)
+
+
+def recall(rank: np.ndarray, prefix: str) -> dict[str, float]:
+    """Percent of queries whose best right answer is among the first K: {prefix_r1, _r5, _r10, _r_mean}."""
+    values = {f"{prefix}_r{k}": 100.0 * float(np.mean(rank < k)) for k in KS}
+    return {**values, f"{prefix}_r_mean": sum(values.values()) / len(KS)}
+
+
+def retrieval_metrics(
+    i2t: np.ndarray,
+    i2t_score: np.ndarray,
+    t2i: np.ndarray,
+    t2i_score: np.ndarray,
+    image_ids: np.ndarray,
+    text_ids: np.ndarray,
+) -> dict[str, float]:
+    """BLIP's nine numbers: txt_* finds texts for images, img_* images for texts; r_mean is the mean of both means."""
+    txt = recall(ranks(i2t, i2t_score, image_ids, text_ids), "txt")
+    img = recall(ranks(t2i, t2i_score, text_ids, image_ids), "img")
+    return {**txt, **img, "r_mean": (txt["txt_r_mean"] + img["img_r_mean"]) / 2}
+
+
+def chance_metrics(image_ids: np.ndarray, text_ids: np.ndarray) -> dict[str, float]:
+    """The same nine numbers for a random order of the gallery, in expectation."""
+    txt = _chance(image_ids, text_ids, "txt")
+    img = _chance(text_ids, image_ids, "img")
+    return {**txt, **img, "r_mean": (txt["txt_r_mean"] + img["img_r_mean"]) / 2}
+
+
+def _chance(query_ids: np.ndarray, gallery_ids: np.ndarray, prefix: str) -> dict[str, float]:
+    ids, counts = np.unique(gallery_ids, return_counts=True)
+    place = np.searchsorted(ids, query_ids).clip(max=len(ids) - 1)
+    right = np.where(ids[place] == query_ids, counts[place], 0)  # right answers of each query
+    total = len(gallery_ids)
+    values = {}
+    for k in KS:
+        # P(none of the first K is right) = C(total - g, K) / C(total, K)
+        hit = {g: 1 - comb(total - g, min(k, total)) / comb(total, min(k, total)) for g in np.unique(right).tolist()}
+        values[f"{prefix}_r{k}"] = 100.0 * float(np.mean([hit[g] for g in right.tolist()]))
+    return {**values, f"{prefix}_r_mean": sum(values.values()) / len(KS)}

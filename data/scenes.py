@@ -1,0 +1,309 @@
+"""The embedded default data set `scenes`: two objects in a spatial relation, drawn from a seed, and their captions.
+
+Who is where decides what a caption means, and half of the images come in pairs that differ only in that (places,
+colours, shapes, sizes or direction exchanged), so image-text matching has something to add to a bag of words.
+`python -m data.scenes --out DIR [--seed 0]` draws it; `load_annotations` does so on first use. It writes
+`images.zip` (PNG, stored: read as fast as 7,000 files, and kinder to a shared file system), `train.json`, `val.json`,
+`test.json` (layout of the Karpathy splits) and `stamp.json` (what was drawn, so that a change redraws).
+"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: two processes may then both draw, and the first to finish wins
+    fcntl = None
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1  # raise it when the drawing changes: folders drawn by an older version are drawn again
+SIDE = 64  # pixels
+OVERSAMPLE = 4  # shapes are drawn this many times larger and averaged down, which smooths their edges
+TRAIN_IMAGES, VAL_IMAGES, TEST_IMAGES = 6000, 500, 500
+HARD_FRACTION = 0.5  # share of the images that come in confusable pairs
+ARCHIVE, STAMP = "images.zip", "stamp.json"
+
+COLOURS = {
+    "red": (215, 25, 30), "orange": (250, 130, 10), "yellow": (250, 225, 30), "green": (25, 145, 45),
+    "blue": (30, 70, 225), "purple": (140, 35, 165), "white": (250, 250, 250), "black": (12, 12, 12),
+}  # fmt: skip
+RADII = {"small": (5.0, 6.0), "large": (10.0, 11.6)}  # range in pixels of a 64-pixel picture
+SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
+REACH = 1.25  # no shape reaches further from its centre than this times its radius
+AXES = {"horizontal": ("to the left of", "to the right of"), "vertical": ("above", "below")}
+SIDE_PHRASES = {"horizontal": ("on its left", "on its right"), "vertical": ("above it", "below it")}
+
+
+class Thing(NamedTuple):
+    """One object of a scene."""
+
+    size: str
+    colour: str
+    shape: str
+
+    def __str__(self) -> str:
+        return f"a {self.size} {self.colour} {self.shape}"
+
+
+class Scene(NamedTuple):
+    """Two objects and their relation, in one canonical order: `first` is left of, or above, `second`."""
+
+    axis: str
+    first: Thing
+    second: Thing
+
+
+# ---------------------------------------------------------------- which scenes
+
+
+def random_scene(rng: np.random.Generator) -> Scene:
+    """A scene whose two objects differ in colour or shape, so that every sentence about them is unambiguous."""
+    while True:
+        first, second = (Thing(*(str(rng.choice(list(values))) for values in (RADII, COLOURS, SHAPES))) for _ in "ab")
+        if first[1:] != second[1:]:
+            return Scene(str(rng.choice(list(AXES))), first, second)
+
+
+def confusable(scene: Scene) -> list[Scene]:
+    """The scenes of the same words in another arrangement, or with the other direction."""
+    axis, a, b = scene
+    other_axis = "vertical" if axis == "horizontal" else "horizontal"
+    twins = [Scene(axis, b, a), Scene(other_axis, a, b)]
+    twins += [Scene(axis, a._replace(**{f: getattr(b, f)}), b._replace(**{f: getattr(a, f)})) for f in Thing._fields]
+    return [twin for twin in dict.fromkeys(twins) if twin != scene]
+
+
+def choose_scenes(count: int, used: set[Scene], rng: np.random.Generator) -> list[Scene]:
+    """`count` scenes not in `used` (which grows by them), `HARD_FRACTION` of them as pairs of confusable ones."""
+    chosen: list[Scene] = []
+    hard = int(count * HARD_FRACTION) // 2 * 2
+    while len(chosen) < count:
+        scene = random_scene(rng)
+        group = [scene]
+        if len(chosen) < hard:
+            twins = confusable(scene)
+            group.append(twins[rng.integers(len(twins))])
+        if used.isdisjoint(group):
+            used.update(group)
+            chosen += group
+    return [chosen[i] for i in rng.permutation(count)]
+
+
+def captions_of(scene: Scene, rng: np.random.Generator) -> list[str]:
+    """Three sentences: from the first object, mirrored from the second, and one around a random one of the two."""
+    axis, a, b = scene
+    towards, back = AXES[axis]
+    on_first_side, on_second_side = SIDE_PHRASES[axis]
+    if rng.random() < 0.5:
+        third = f"there is {b} with {a} {on_first_side}"
+    else:
+        third = f"there is {a} with {b} {on_second_side}"
+    return [f"{a} {towards} {b}", f"{b} {back} {a}", third]
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def background(rng: np.random.Generator, side: int) -> np.ndarray:
+    """(side, side, 3) float32: plain, gradient, stripes or smooth noise, in muted mid-tones that no object has."""
+    base = rng.uniform(105, 165) + rng.uniform(-12, 12, 3)
+    change = rng.uniform(-22, 22) + rng.uniform(-11, 11, 3)
+    angle, kind = rng.uniform(0, 2 * math.pi), rng.integers(4)
+    y, x = np.mgrid[0:side, 0:side] / side - 0.5
+    along = x * math.cos(angle) + y * math.sin(angle)
+    if kind == 0:
+        wave = np.zeros((side, side))
+    elif kind == 1:
+        wave = along * 1.4
+    elif kind == 2:
+        wave = 0.7 * np.sin(along * rng.uniform(18, 45))
+    else:
+        cells = Image.fromarray(rng.uniform(-1, 1, (int(rng.integers(5, 12)),) * 2).astype(np.float32))
+        wave = np.asarray(cells.resize((side, side), Image.Resampling.BICUBIC))
+    return (base + wave[..., None] * change).astype(np.float32)
+
+
+def polygon(shape: str, tilt: float) -> list[tuple[float, float]]:
+    """Corners of a shape of radius 1 around the origin, y downwards, turned by `tilt` radians."""
+    if shape == "square":
+        corners = [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)]
+    elif shape == "triangle":
+        corners = [(0.0, -1.1), (1.1, 0.85), (-1.1, 0.85)]
+    elif shape == "star":
+        corners = [
+            (r * math.sin(k * math.pi / 5), -r * math.cos(k * math.pi / 5)) for k, r in enumerate([1.25, 0.52] * 5)
+        ]
+    else:
+        w, r = 0.36, 1.08  # one arm, then the same turned by 90 degrees three times
+        corners, arm = [], [(-w, -w), (-w, -r), (w, -r)]
+        for _ in range(4):
+            corners += arm
+            arm = [(-y, x) for x, y in arm]
+    cos, sin = math.cos(tilt), math.sin(tilt)
+    return [(x * cos - y * sin, x * sin + y * cos) for x, y in corners]
+
+
+def coverage(shape: str, centre: tuple[float, float], radius: float, tilt: float, side: int) -> np.ndarray:
+    """(side, side) float32 in [0, 1]: how much of each pixel the shape covers."""
+    mask = Image.new("L", (side * OVERSAMPLE,) * 2)
+    draw = ImageDraw.Draw(mask)
+    x, y, r = (value * OVERSAMPLE for value in (*centre, radius))
+    if shape in ("circle", "ring"):
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=255)
+        if shape == "ring":
+            draw.ellipse((x - 0.52 * r, y - 0.52 * r, x + 0.52 * r, y + 0.52 * r), fill=0)
+    else:
+        draw.polygon([(x + r * u, y + r * v) for u, v in polygon(shape, tilt)], fill=255)
+    return np.asarray(mask.reduce(OVERSAMPLE), np.float32) / 255
+
+
+def place(scene: Scene, radii: list[float], rng: np.random.Generator, side: int) -> list[tuple[float, float]]:
+    """Centres (x, y) of the two objects: apart along the axis of the relation, and never further apart across it."""
+    reach = [REACH * r for r in radii]
+    gap = 0.03 * side
+    slack = side - 2 * sum(reach) - gap
+    before, between = rng.dirichlet((1, 1, 1))[:2] * slack
+    along = [before + reach[0]]
+    along.append(along[0] + reach[0] + gap + between + reach[1])
+    big = int(radii[1] > radii[0])  # placed first: the smaller one always finds room beside it
+    across = [0.0, 0.0]
+    across[big] = rng.uniform(reach[big], side - reach[big])
+    limit = 0.4 * (along[1] - along[0])
+    low, high = reach[1 - big], side - reach[1 - big]
+    across[1 - big] = rng.uniform(max(low, across[big] - limit), min(high, across[big] + limit))
+    centres = list(zip(along, across, strict=True))
+    return centres if scene.axis == "horizontal" else [(v, u) for u, v in centres]
+
+
+def draw_scene(scene: Scene, rng: np.random.Generator, side: int = SIDE) -> Image.Image:
+    """The RGB picture of a scene; positions, sizes within their class, shades, tilt and background come from `rng`."""
+    picture = background(rng, side)
+    things = (scene.first, scene.second)
+    radii = [rng.uniform(*RADII[thing.size]) * side / 64 for thing in things]
+    for thing, centre, radius in zip(things, place(scene, radii, rng, side), radii, strict=True):
+        colour = np.asarray(COLOURS[thing.colour]) + rng.uniform(-10, 10, 3)
+        share = coverage(thing.shape, centre, radius, rng.uniform(-0.12, 0.12), side)[..., None]
+        picture += share * (colour.astype(np.float32) - picture)
+    return Image.fromarray(np.clip(picture + 0.5, 0, 255).astype(np.uint8))
+
+
+# ---------------------------------------------------------------- files
+
+
+def stamp_of(seed: int) -> dict:
+    """Everything that decides what is drawn, as it reads back from JSON."""
+    counts = {"train": TRAIN_IMAGES, "val": VAL_IMAGES, "test": TEST_IMAGES}
+    return {"version": VERSION, "seed": seed, "side": SIDE, "images": counts, "hard_fraction": HARD_FRACTION}
+
+
+def ensure_scenes(root: Path, seed: int = 0) -> Path:
+    """Draw the data set into `root` unless it is there already; returns `root`.
+
+    Raises ValueError when `root` holds other files, which are never replaced.
+    """
+    root = Path(root)
+    if _stamp_in(root) == stamp_of(seed):
+        return root
+    with one_process_at_a_time(root):
+        if _stamp_in(root) == stamp_of(seed):  # another process drew it while this one waited
+            return root
+        if root.is_file() or (root.is_dir() and _stamp_in(root) is None and any(root.iterdir())):
+            raise ValueError(
+                f"{root} is to hold the drawn data set `scenes`, but it holds something else (there is no {STAMP}): "
+                "name an empty or a new folder (ann_root in the config, or --out)"
+            )
+        try:
+            root.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as work:
+                _write(Path(work, "new"), seed)
+                if root.exists():
+                    root.rename(Path(work, "old"))
+                Path(work, "new").rename(root)
+        except OSError as error:
+            raise ValueError(f"the data set `scenes` cannot be written to {root} (ann_root): {error}") from error
+    return root
+
+
+def _write(folder: Path, seed: int) -> None:
+    """Draw the three splits into a new folder."""
+    folder.mkdir()
+    stamp, used, started, done = stamp_of(seed), set(), time.time(), 0
+    total = sum(stamp["images"].values())
+    logger.info("drawing the data set `scenes`: %d pictures of %d x %d pixels", total, SIDE, SIDE)
+    with zipfile.ZipFile(folder / ARCHIVE, "w", zipfile.ZIP_STORED) as archive:
+        for number, split in enumerate(("test", "val", "train")):  # test first: it stays when TRAIN_IMAGES changes
+            scenes, rows = choose_scenes(stamp["images"][split], used, np.random.default_rng([seed, number])), []
+            for i, scene in enumerate(scenes):
+                rng = np.random.default_rng([seed, number, i])
+                name, captions, png = f"{split}/{i:05d}.png", captions_of(scene, rng), io.BytesIO()
+                draw_scene(scene, rng).save(png, "PNG", compress_level=1)
+                archive.writestr(zipfile.ZipInfo(name), png.getvalue())
+                if split == "train":
+                    rows += [{"image": name, "caption": caption, "image_id": i} for caption in captions]
+                else:
+                    rows.append({"image": name, "caption": captions})
+                done += 1
+                if done % 1000 == 0:
+                    logger.info("  %d of %d pictures, %.0f s", done, total, time.time() - started)
+            lines = ",\n".join(json.dumps(row) for row in rows)
+            (folder / f"{split}.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    (folder / STAMP).write_text(json.dumps(stamp), encoding="utf-8")
+
+
+def _stamp_in(root: Path) -> dict | None:
+    """What the folder was drawn from; None when it is no such folder."""
+    try:
+        return json.loads((root / STAMP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+@contextlib.contextmanager
+def one_process_at_a_time(path: Path) -> Iterator[None]:
+    """Hold the lock that goes with a path, against the other ranks and runs of this user on this machine.
+
+    The lock file lies in the system's folder for temporary files and stays there (removing it would let a third process
+    lock a new one while a second still waits on the old); the lock itself ends with the process, so none is left over.
+    """
+    if fcntl is None:
+        yield
+        return
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
+    with open(Path(tempfile.gettempdir()) / f"blip-retrieval-{os.getuid()}-{name}.lock", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Draw the data set from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m data.scenes", description="draw the data set `scenes`")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; an earlier drawing in it is replaced")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        ensure_scenes(args.out, args.seed)
+    except ValueError as error:
+        parser.error(str(error))
+    size = sum(file.stat().st_size for file in args.out.iterdir())
+    logger.info("%s holds %.1f MB", os.fspath(args.out), size / 1e6)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""Annotation files: BLIP's ids, every format, errors that name file, row and key, downloads that leave nothing half."""
+
+import io
+import json
+import logging
+import types
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+
+from configs.schema import RetrievalConfig
+from data import annotations as module
+from data import scenes
+from data.annotations import build_annotations, download, load_annotations, read_rows, split_rows
+from data.images import open_store, require_images
+
+
+def write(path, rows):
+    path.write_text(rows if isinstance(rows, str) else json.dumps(rows), encoding="utf-8")
+    return path
+
+
+def custom(root, **files):
+    return RetrievalConfig(dataset="custom", ann_root=str(root), image_root=str(root), **files)
+
+
+def load(tmp_path, rows, name="train.json"):
+    file = write(tmp_path / name, rows)
+    return build_annotations("custom train", file, read_rows(file))
+
+
+# ---------------------------------------------------------------- the table
+
+
+def test_train_ids_are_blips_running_numbers(tmp_path):
+    """BLIP: a new image_id gets the next number, in the order of the file."""
+    rows = [("b.jpg", 7), ("a.jpg", "x"), ("b.jpg", 7), ("c.jpg", "9"), ("d.jpg", 9), ("a.jpg", "x")]
+    write(
+        tmp_path / "coco_karpathy_train.json",
+        [{"caption": f"Caption, {n}!", "image": image, "image_id": id_} for n, (image, id_) in enumerate(rows)],
+    )
+    table = load_annotations(RetrievalConfig(dataset="coco", ann_root=str(tmp_path)), "train")
+    assert table.name == "coco train" and table.file == tmp_path / "coco_karpathy_train.json"
+    assert table.images == ["b.jpg", "a.jpg", "c.jpg", "d.jpg"]
+    assert table.image_ids.tolist() == [0, 1, 2, 2]  # one image_id, two pictures
+    assert table.captions == [f"caption, {n}" for n in range(6)]
+    assert table.caption_image.tolist() == [0, 1, 0, 2, 3, 1]
+    assert table.caption_ids.tolist() == [0, 1, 0, 2, 2, 1]
+    assert table.image_ids.dtype == table.caption_image.dtype == np.int64
+
+
+def test_evaluation_rows_and_cleaning(tmp_path):
+    rows = [{"image": "a.jpg", "caption": ["One (1).", "TWO"]}, {"image": "b.jpg", "caption": ["word " * 40]}]
+    write(tmp_path / "flickr30k_test.json", rows)
+    table = load_annotations(RetrievalConfig(dataset="flickr", ann_root=str(tmp_path)), "test")
+    assert table.captions == ["one 1", "two", " ".join(["word"] * 30)]
+    assert table.image_ids.tolist() == [0, 1] and table.caption_ids.tolist() == [0, 0, 1]
+
+
+def test_list_lines_and_csv_are_the_same(tmp_path):
+    rows = [
+        {"image": "sub/a b.jpg", "caption": 'says "hi", twice', "image_id": "1"},
+        {"image": "b.jpg", "caption": "zwölf Boxkämpfer"},
+        {"image": "sub/a b.jpg", "caption": "line\u2028separator", "image_id": 1},
+    ]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n"
+    table = 'caption,image,image_id\r\n"says ""hi"", twice",sub/a b.jpg,1\r\nzwölf Boxkämpfer,b.jpg,\r\n'
+    table += "line\u2028separator,sub/a b.jpg,1\r\n"
+    texts = {"a.json": json.dumps(rows), "b.jsonl": lines, "c.csv": table, "d.txt": table, "e.json": "\ufeff" + lines}
+    texts["f.csv"] = "\ufeff" + table
+    expected = load(tmp_path, rows)
+    assert expected.image_ids.tolist() == [0, 1] and len(expected.captions) == 3
+    for name, text in texts.items():
+        found = load(tmp_path, text, name)
+        assert (found.images, found.captions) == (expected.images, expected.captions), name
+        assert found.caption_ids.tolist() == [0, 1, 0]
+    one = load(tmp_path, json.dumps(rows[0], indent=1), "one.json")
+    assert one.images == ["sub/a b.jpg"]
+
+
+# ---------------------------------------------------------------- what is refused
+
+GOOD = {"image": "a.jpg", "caption": "a"}
+BAD_FILES = {
+    "empty": ("", "has no rows"),
+    "empty list": ("[]", "has no rows"),
+    "blank": (" \n\n", "has no rows"),
+    "no JSON": ("[{image: 'a'}]", "not valid JSON .*line 1, column 3"),
+    "truncated": (
+        '[{"image": "a.jpg", "caption": "a"},\n {"image": "b.j',
+        "ends too early, so fetch or write it again",
+    ),
+    "truncated list": ('[{"image": "a.jpg", "caption": "a"}', "ends too early"),
+    "truncated line": ('{"image": "a.jpg", "caption": "a"}\n{"image": "b', "row 2 is not valid JSON .*ends too early"),
+    "bad line": ('{"image": "a.jpg", "caption": "a"}\n\nnonsense\n', "row 3 is not valid JSON"),
+    "deep": ("[" * 100000, "nested too deeply|not valid JSON"),
+    "HTML": ("<!DOCTYPE html>\n<html><body>Sign in</body></html>", "is an HTML page"),
+    "Karpathy's own": ('{"images": [], "dataset": "coco"}', r"one object \(images, dataset\), not a list of rows"),
+    "a text": ('"image"', "neither a JSON list"),
+    "prose": ("version https://git-lfs.github.com/spec/v1\noid 1", "neither a JSON list"),
+    "row a list": ([GOOD, ["a.jpg", "a"]], "row 2 is a list, not an object"),
+    "row null": ([None], "row 1 is the value null, not an object"),
+    "no image": ([GOOD, GOOD, {"caption": "a"}], "row 3 has no key 'image', only caption"),
+    "no caption": ([{"image": "a.jpg", "captions": "a"}], "row 1 has no key 'caption', only image, captions"),
+    "image a number": ([GOOD | {"image": 3}], "row 1 needs under 'image' a path .*not the value 3"),
+    "image empty": ([GOOD | {"image": " "}], "row 1 needs under 'image' a path"),
+    "caption a number": ([GOOD | {"caption": 3.5}], "row 1 needs under 'caption' a text or a list .*not the value 3.5"),
+    "caption null": ([GOOD | {"caption": None}], "row 1 needs under 'caption'.*not the value null"),
+    "caption an object": ([GOOD | {"caption": {}}], "row 1 needs under 'caption'.*not an object"),
+    "no captions": ([GOOD | {"caption": []}], "row 1 needs under 'caption'.*not an empty list"),
+    "caption in list": ([GOOD | {"caption": ["a", 1]}], "row 1 needs under 'caption'.*a list with the value 1 in it"),
+    "caption empty": ([GOOD, GOOD | {"caption": " "}], "row 2: the caption ' ' .*'caption'.* is empty after cleaning"),
+    "caption dots": ([GOOD | {"caption": ["fine", "...!"]}], "row 1: the caption '...!'"),
+    "caption tab": ([GOOD | {"caption": "\t"}], "row 1: the caption"),
+    "id a list": ([GOOD | {"image_id": [1]}], "row 1 needs under 'image_id'"),
+    "id a truth": ([GOOD | {"image_id": True}], "row 1 needs under 'image_id'.*the value true"),
+    "id a fraction": ([GOOD | {"image_id": 1.5}], "row 1 needs under 'image_id'"),
+    "two ids": ([GOOD | {"image_id": 1}, GOOD | {"image_id": 2}], "row 2: image a.jpg has image_id '2' .*'1' in row 1"),
+    "id once": ([GOOD | {"image_id": 1}, GOOD], "row 2: image a.jpg has image_id None .*'1' in row 1"),
+    "up": ([GOOD | {"image": "../a.jpg"}], "row 1 needs under 'image' a path inside image_root.*'../a.jpg'"),
+    "up inside": ([GOOD | {"image": "a/../../b.jpg"}], "a path inside image_root"),
+    "up backslash": ([GOOD | {"image": "a\\..\\b.jpg"}], "a path inside image_root"),
+    "absolute": ([GOOD | {"image": "/etc/passwd"}], "a path inside image_root"),
+    "drive": ([GOOD | {"image": "C:\\a.jpg"}], "a path inside image_root"),
+    "home": ([GOOD | {"image": "~/a.jpg"}], "a path inside image_root"),
+    "nul": ([GOOD | {"image": "a\0.jpg"}], "a path inside image_root"),
+}
+BAD_CSV = {
+    "no column": ("image,text\na.jpg,a\n", "has no column 'caption'"),
+    "no header": ("a.jpg,a man\n", "has no column 'image'"),
+    "comma": ("image,caption\na.jpg,a\nb.jpg,a man, a dog\n", "row 2 has more cells than the header"),
+    "short": ("image,caption\na.jpg\n", "row 1 has fewer cells than the header"),
+    "open quote": ('image,caption\na.jpg,"never closed\n', "row 1 is not valid CSV"),
+    "only header": ("image,caption\n", "has no rows"),
+    "empty": ("", "has no rows"),
+}
+CASES = [(f"{name}.json", *case) for name, case in BAD_FILES.items()]
+CASES += [(f"{name}.csv", *case) for name, case in BAD_CSV.items()]
+
+
+@pytest.mark.parametrize(("name", "rows", "said"), CASES, ids=[case[0] for case in CASES])
+def test_bad_files_are_refused(tmp_path, name, rows, said):
+    with pytest.raises(ValueError, match=said) as error:
+        load(tmp_path, rows, name)
+    assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "data", ["[]".encode("utf-16"), '[{"image": "ä"}]'.encode("latin-1"), b"\x1f\x8b\x08\0", b"PK\x03\x04\xff"]
+)
+def test_other_encodings_are_refused(tmp_path, data):
+    (tmp_path / "a.json").write_bytes(data)
+    with pytest.raises(ValueError, match="a.json is not UTF-8 text .*save it as UTF-8"):
+        read_rows(tmp_path / "a.json")
+
+
+def test_a_missing_file_names_ann_root(tmp_path):
+    cfg = RetrievalConfig(dataset="emoji", ann_root=str(tmp_path), image_root=str(tmp_path))
+    with pytest.raises(ValueError, match="train.json cannot be read .No such file.*set ann_root"):
+        load_annotations(cfg, "train")
+    with pytest.raises(ValueError, match="cannot be read .Is a directory"):
+        read_rows(tmp_path)
+
+
+# ---------------------------------------------------------------- custom: splits
+
+
+def rows_of(count, per_image=2):
+    return [{"image": f"{i}.jpg", "caption": f"caption {i} {j}"} for i in range(count) for j in range(per_image)]
+
+
+def test_custom_files_are_read_as_they_are(tmp_path):
+    for split, count in (("train", 5), ("val", 3), ("test", 2)):
+        write(tmp_path / f"{split}.json", rows_of(count))
+    cfg = custom(tmp_path, train_file="train.json", val_file=str(tmp_path / "val.json"), test_file="test.json")
+    assert [len(load_annotations(cfg, split).images) for split in ("train", "val", "test")] == [5, 3, 2]
+
+
+@pytest.mark.parametrize(("count", "size"), [(10, 2), (100, 10)])
+def test_missing_splits_are_cut_off_by_image_and_said(tmp_path, caplog, count, size):
+    write(tmp_path / "train.json", rows_of(count))
+    with caplog.at_level(logging.INFO):
+        parts = {split: load_annotations(custom(tmp_path, train_file="train.json"), split) for split in module.SPLITS}
+    assert f"{count - 2 * size} train, {size} test, {size} val" in caplog.text and "train.json" in caplog.text
+    images = [image for part in parts.values() for image in part.images]
+    assert len(images) == len(set(images)) == count
+    assert len(parts["test"].captions) == 2 * size
+    again = load_annotations(custom(tmp_path, train_file="train.json"), "test")
+    assert again.images == parts["test"].images
+    write(tmp_path / "val.json", rows_of(3))
+    with_val = load_annotations(custom(tmp_path, train_file="train.json", val_file="val.json"), "test")
+    assert with_val.images == parts["test"].images  # a val_file given later leaves the test set alone
+
+
+def test_splits_keep_an_image_id_together(tmp_path):
+    rows = [{"image": f"{i}.jpg", "caption": "x", "image_id": i // 4} for i in range(80)]
+    file = write(tmp_path / "train.json", rows)
+    parts = split_rows(file, read_rows(file), ["test", "val"], 0)
+    ids = [{row.image_id for row in part} for part in parts.values()]
+    assert [len(part) for part in ids] == [16, 2, 2]
+    assert len(set.union(*ids)) == 20
+
+
+def test_impossible_splits_are_refused(tmp_path):
+    write(tmp_path / "train.json", rows_of(5))
+    with pytest.raises(ValueError, match="5 different images, too few .*set test_file and val_file"):
+        load_annotations(custom(tmp_path, train_file="train.json"), "val")
+    with pytest.raises(ValueError, match="neither a val_file nor a train_file"):
+        load_annotations(custom(tmp_path, test_file="train.json"), "val")
+
+
+# ---------------------------------------------------------------- shipped data sets
+
+
+def test_emoji_is_shipped_whole():
+    cfg = RetrievalConfig(dataset="emoji", ann_root="data/emoji", image_root="data/emoji/images.zip")
+    sizes = {}
+    for split in module.SPLITS:
+        table = load_annotations(cfg, split)
+        require_images(open_store(cfg), table.images)
+        sizes[split] = len(table.images), len(set(table.image_ids.tolist())), len(table.captions)
+    assert sizes == {"train": (5997, 1612, 15470), "val": (359, 359, 926), "test": (700, 700, 1744)}
+
+
+def test_scenes_are_drawn_on_first_use(tmp_path, monkeypatch):
+    for name in ("TRAIN_IMAGES", "VAL_IMAGES", "TEST_IMAGES"):
+        monkeypatch.setattr(scenes, name, 4)
+    cfg = RetrievalConfig(dataset="scenes", ann_root=str(tmp_path / "s"), image_root=str(tmp_path / "s"))
+    train, test = load_annotations(cfg, "train"), load_annotations(cfg, "test")
+    assert (len(train.images), len(train.captions), test.caption_ids.tolist()) == (
+        4,
+        12,
+        [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3,
+    )
+    require_images(open_store(cfg), train.images + test.images)
+
+
+def test_unknown_data_set():
+    with pytest.raises(ValueError, match="dataset 'imagenet' is unknown: set dataset to one of coco, "):
+        load_annotations(types.SimpleNamespace(dataset="imagenet", ann_root=""), "train")
+
+
+# ---------------------------------------------------------------- downloads
+
+
+class Answer(io.BytesIO):
+    """What urlopen returns; breaks off after its bytes if told so."""
+
+    def __init__(self, data: bytes, length: int | None = None, error: BaseException | None = None) -> None:
+        super().__init__(data)
+        self.headers = {} if length is None else {"Content-Length": str(length)}
+        self.error = error
+
+    def read(self, *size):
+        data = super().read(*size)
+        if not data and self.error:
+            raise self.error
+        return data
+
+
+def answer_with(monkeypatch, answer):
+    asked = []
+
+    def urlopen(url, timeout):
+        asked.append(url)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(module, "urlopen", urlopen)
+    return asked
+
+
+def test_an_absent_file_is_downloaded_once(tmp_path, monkeypatch):
+    data = json.dumps([GOOD]).encode()
+    asked = answer_with(monkeypatch, Answer(data, len(data)))
+    cfg = RetrievalConfig(dataset="flickr", ann_root=str(tmp_path / "new" / "annotation"))
+    assert load_annotations(cfg, "val").images == load_annotations(cfg, "val").images == ["a.jpg"]
+    assert asked == [module.URL + "flickr30k_val.json"]
+    assert [path.name for path in (tmp_path / "new" / "annotation").iterdir()] == ["flickr30k_val.json"]
+
+
+BREAKS = {
+    "offline": (URLError("Temporary failure in name resolution"), "Temporary failure in name resolution"),
+    "time-out": (TimeoutError("timed out"), "timed out"),
+    "cut": (Answer(b"[{", 100), "stopped after 2 of 100 bytes"),
+    "reset": (Answer(b"[{", None, ConnectionResetError("reset by peer")), "reset by peer"),
+    "portal": (Answer(b"<html>please log in</html>"), "log-in page"),
+}
+
+
+@pytest.mark.parametrize(("answer", "said"), BREAKS.values(), ids=BREAKS.keys())
+def test_a_failed_download_leaves_nothing_and_says_what_to_do(tmp_path, monkeypatch, answer, said):
+    answer_with(monkeypatch, answer)
+    with pytest.raises(ValueError) as error:
+        load_annotations(RetrievalConfig(dataset="coco", ann_root=str(tmp_path)), "test")
+    text, target = str(error.value), tmp_path / "coco_karpathy_test.json"
+    assert said in text and "\n" not in text
+    assert f"fetch that address on a machine with network and put the file at {target}" in text
+    assert "https://storage.googleapis.com/sfr-vision-language-research/datasets/coco_karpathy_test.json" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_download_leaves_nothing(tmp_path, monkeypatch):
+    answer_with(monkeypatch, Answer(b'[{"image"', None, KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        download(module.URL + "x.json", tmp_path / "x.json")
+    assert list(tmp_path.iterdir()) == []
