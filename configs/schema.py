@@ -1,0 +1,258 @@
+"""Every knob of the program: one documented field each, read from YAML, checked before anything is loaded.
+
+Source of the key names: BLIP (Li et al., ICML 2022, https://arxiv.org/abs/2201.12086), whose own YAML files load
+unchanged. What cannot work, in a file or in `--set`, is a `ValueError` that names the file, the key and the remedy.
+"""
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+DATASETS = ("coco", "flickr", "scenes", "emoji", "custom")
+VITS = ("base", "large", "small", "tiny", "nano")
+BAD_IMAGE = ("error", "skip")
+PRECISIONS = ("fp32", "tf32", "bf16")
+KIND_NAMES = {str: "text (put quotes around it)", int: "a whole number", float: "a number", bool: "true or false",
+              int | None: "a whole number or null", int | str: "'auto' or a whole number"}
+
+
+def knob(default: Any, doc: str, low: float | None = None, high: float | None = None, choices: tuple = ()) -> Any:
+    """A field with its documentation, its inclusive limits and its choices."""
+    return field(default=default, metadata={"doc": doc, "low": low, "high": high, "choices": choices})
+
+
+@dataclass(frozen=True)
+class RetrievalConfig:
+    """The reference of the knobs; building one raises `ValueError` for a value or a combination that cannot work."""
+
+    # --- data
+    dataset: str = knob(MISSING, "what to train and evaluate on", choices=DATASETS)
+    image_root: str = knob("", "folder or .zip that the annotations' image paths are relative to")
+    ann_root: str = knob("annotation", "folder of the annotation files")
+    train_file: str = knob("", "custom only: training annotations, relative to ann_root unless absolute")
+    val_file: str = knob("", "custom only: validation annotations, evaluated after each epoch")
+    test_file: str = knob("", "custom only: test annotations, evaluated at the end and by --evaluate")
+    augment: bool = knob(True, "true: BLIP's random crop, flip and RandAugment; false: train on the test transform")
+    num_workers: int = knob(4, "loader processes of each training process; 0 loads in the process itself", 0)
+    on_bad_image: str = knob("error", "what an unreadable image does: stop, or be left out", choices=BAD_IMAGE)
+
+    # --- model
+    pretrained: str = knob("", "checkpoint that training starts from, a path or an address; '' = random weights")
+    finetuned: str = knob("", "checkpoint that --evaluate loads; '' = `pretrained`, as with BLIP's own YAML files")
+    cache_dir: str = knob("", "folder for downloaded checkpoints; '' = torch.hub's")
+    vit: str = knob("base", "size of the image encoder", choices=VITS)
+    patch_size: int = knob(16, "side of an image patch in pixels; released checkpoints have 16", 1)
+    image_size: int = knob(384, "side of the square input image in pixels, a multiple of patch_size", 1)
+    med_config: str = knob("configs/med_config.json", "text encoder's JSON; sought in the repository too")
+    embed_dim: int = knob(256, "width of the contrastive features; released checkpoints have 256", 1)
+    vit_grad_ckpt: bool = knob(False, "recompute activations of image blocks in the backward pass to save memory")
+    vit_ckpt_layer: int = knob(0, "number of last image blocks that vit_grad_ckpt recomputes", 0)
+
+    # --- loss
+    momentum: float = knob(0.995, "share of its old weights a momentum encoder keeps per step", 0, 1)
+    queue_size: int = knob(57600, "momentum features kept as contrastive targets, at least a global batch", 1)
+    alpha: float = knob(0.4, "weight of the momentum encoders' soft targets; ramps up over the first epoch", 0, 1)
+    negative_all_rank: bool = knob(True, "hard negatives from all ranks (true) or from the own one (false)")
+
+    # --- batches
+    batch_size_train: int = knob(32, "MICRO-batch: samples per forward and backward pass of one process", 1)
+    global_batch_size: int | None = knob(None, "samples per optimizer step; null = batch_size_train x processes", 1)
+    ranks_emulated: int | None = knob(None, "GPUs of the recipe to reproduce, over all processes; null = processes", 1)
+    batch_size_test: int = knob(64, "images, or captions, per pass when evaluation encodes them", 1)
+
+    # --- optimization
+    init_lr: float = knob(1e-5, "learning rate of the first epoch (AdamW); cosine, stepped per epoch", 0, 1)
+    min_lr: float = knob(0.0, "learning rate the cosine ends at, at most init_lr", 0, 1)
+    warmup_steps: int = knob(0, "optimizer steps of linear warm-up from 0", 0)
+    temp_lr_scale: float = knob(1.0, "factor on the learning rate of the temperature `temp`", 0, 1e4)
+    weight_decay: float = knob(0.05, "AdamW's decoupled weight decay", 0, 1)
+    max_epoch: int = knob(6, "epochs of training", 1)
+
+    # --- evaluation
+    k_test: int = knob(256, "candidates per query that matching re-ranks; clamped to the gallery", 1)
+    rerank_tokens: int = knob(32768, "text tokens per pass of the re-ranking; bounds its memory", 1)
+
+    # --- speed and memory
+    precision: str = knob("fp32", "arithmetic of training; losses and momentum update stay fp32", choices=PRECISIONS)
+    eval_precision: str = knob("fp32", "arithmetic of evaluation", choices=PRECISIONS)
+    keep_graphs: int | str = knob("auto", "images per step kept for backward, not recomputed; auto: what fits", 0)
+    compile: bool = knob(False, "torch.compile the encoders: minutes of start for faster steps")
+
+    # --- run folder
+    save_every_steps: int = knob(0, "optimizer steps between saves for --resume, besides each epoch's; 0 = none", 0)
+    keep_last: int = knob(2, "number of such saves that are kept", 1)
+
+    def __post_init__(self) -> None:
+        for knob_ in fields(self):
+            value = _typed(knob_.name, getattr(self, knob_.name), knob_.type)
+            _check_value(knob_.name, value, **knob_.metadata)
+            object.__setattr__(self, knob_.name, value)  # the one assignment to a frozen config
+        _check_combinations(self)
+
+
+def _typed(key: str, value: Any, kind: Any) -> Any:
+    """`value` as the type of its field: '1e-5' counts as a number, an empty text as '', true is not the number 1."""
+    if kind is str and value is None:
+        return ""
+    if kind is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 readers and quotes make `1e-5` a text
+        except (ValueError, OverflowError):
+            pass
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{key} must be {KIND_NAMES[kind]}, got {value!r}")
+    return value
+
+
+def _check_value(key: str, value: Any, doc: str, low: float | None, high: float | None, choices: tuple) -> None:
+    if choices and value not in choices:
+        raise ValueError(f"{key} must be one of {', '.join(choices)}, got {value!r}{_nearest(value, choices)} ({doc})")
+    if low is None or not isinstance(value, int | float):
+        return
+    if high is not None and not low <= value <= high:  # also refuses nan
+        raise ValueError(f"{key} must be from {low} to {high}, got {value} ({doc})")
+    if value < low:
+        raise ValueError(f"{key} must be at least {low}, got {value} ({doc})")
+
+
+def _check_combinations(cfg: RetrievalConfig) -> None:
+    for wrong, message in _contradictions(cfg) + _batch_contradictions(cfg):
+        if wrong:
+            raise ValueError(message)
+
+
+def _contradictions(cfg: RetrievalConfig) -> list[tuple[Any, str]]:
+    """Knobs that contradict each other, as a table of (is it wrong, what to do)."""
+    own_files = [key for key in ("train_file", "val_file", "test_file") if getattr(cfg, key)]
+    return [
+        (cfg.image_size % cfg.patch_size,
+         f"image_size {cfg.image_size} is not a multiple of patch_size {cfg.patch_size}: set image_size to "
+         f"{max(1, cfg.image_size // cfg.patch_size) * cfg.patch_size}"),
+        (cfg.min_lr > cfg.init_lr,
+         f"min_lr {cfg.min_lr} is above init_lr {cfg.init_lr}: lower min_lr, which the cosine ends at"),
+        (isinstance(cfg.keep_graphs, str) and cfg.keep_graphs != "auto",
+         f"keep_graphs must be 'auto' or a whole number, got {cfg.keep_graphs!r}"),
+        (cfg.dataset == "custom" and not own_files,
+         "dataset 'custom' has no files: set train_file, val_file and test_file, or test_file alone to --evaluate"),
+        (cfg.dataset != "custom" and own_files,
+         f"{', '.join(own_files)} would be ignored, as dataset '{cfg.dataset}' names its own files under ann_root: "
+         "set dataset to 'custom', or remove them"),
+    ]
+
+
+def _batch_contradictions(cfg: RetrievalConfig) -> list[tuple[Any, str]]:
+    """The same for the sizes of a step, as far as they are set; `resolve` sets those that depend on the processes."""
+    batch, ranks = cfg.global_batch_size, cfg.ranks_emulated
+    per_rank = batch / ranks if batch and ranks else 2
+    at_once = batch or cfg.batch_size_train
+    return [
+        (per_rank % 1,
+         f"global_batch_size {batch} is not a multiple of ranks_emulated {ranks}: set global_batch_size to "
+         f"{max(2, round(per_rank)) * (ranks or 1)}"),
+        (per_rank < 2,
+         f"global_batch_size {batch} over ranks_emulated {ranks} leaves a rank fewer than two samples, so no negative: "
+         f"set global_batch_size to at least {2 * (ranks or 1)} (unset, it is batch_size_train x processes), or lower "
+         "ranks_emulated"),
+        (cfg.queue_size < at_once,
+         f"queue_size {cfg.queue_size} is smaller than the global batch of {at_once}: set queue_size to at least "
+         f"{at_once}, or lower {'global_batch_size' if batch else 'batch_size_train'}"),
+    ]
+
+
+def resolve(cfg: RetrievalConfig, world_size: int) -> RetrievalConfig:
+    """`cfg` with its unset batch knobs filled in for `world_size` processes, and checked against that number."""
+    ranks = cfg.ranks_emulated or world_size
+    if ranks % world_size:
+        raise ValueError(f"ranks_emulated {ranks} cannot be shared evenly by {world_size} processes: set "
+                         f"ranks_emulated to a multiple of {world_size}, or change the number of processes")
+    batch = cfg.global_batch_size or cfg.batch_size_train * world_size
+    return replace(cfg, global_batch_size=batch, ranks_emulated=ranks)
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -> RetrievalConfig:
+    """The config in a YAML file, with `overrides` (`{'k_test': '64'}` or `['k_test=64']`, YAML scalars) on top."""
+    values = _read_yaml(path)
+    changes = _read_overrides(overrides)
+    for where, keys in ((str(path), values), ("--set", changes)):
+        _check_keys(where, keys)
+    values |= changes
+    where = str(path) + (" with" if changes else "") + "".join(f" --set {key}={val}" for key, val in changes.items())
+    for key in ("dataset", "image_root"):
+        if key not in values:
+            raise ValueError(f"{where}: the key '{key}' is missing, set it ({_docs()[key]})")
+    try:
+        return RetrievalConfig(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def save_config(cfg: RetrievalConfig, path: str | Path) -> None:
+    """Write every knob to a YAML file that `load_config` reads back as an equal config."""
+    with open(path, "w", encoding="utf-8") as file:
+        YAML().dump(asdict(cfg), file)
+
+
+def _docs() -> dict[str, str]:
+    return {knob_.name: knob_.metadata["doc"] for knob_ in fields(RetrievalConfig)}
+
+
+def _nearest(word: Any, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
+    return f", did you mean '{close[0]}'?" if close else ""
+
+
+def _check_keys(where: str, keys: Mapping[str, Any]) -> None:
+    for key in keys:
+        if key not in _docs():
+            hint = _nearest(key, list(_docs())) or ": remove it (configs/schema.py lists every key)"
+            raise ValueError(f"{where}: unknown key '{key}'{hint}")
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        values = _parse(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read the config ({error.strerror}): --config names a YAML file") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a text file in UTF-8: --config names a YAML file") from None
+    except (YAMLError, ValueError) as error:  # ValueError: a scalar like 2024-13-01
+        raise ValueError(f"{path}{_explain(error)}") from None
+    if values is None:
+        raise ValueError(f"{path}: the file is empty: write one `key: value` per line")
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds a {type(values).__name__}, not keys: write one `key: value` per line")
+    return values
+
+
+def _read_overrides(overrides: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
+    if not isinstance(overrides, Mapping):
+        for text in overrides:
+            if "=" not in text:
+                raise ValueError(f"--set {text}: write --set key=value")
+        overrides = dict(text.split("=", 1) for text in overrides)
+    changes = {}
+    for key, value in overrides.items():
+        try:
+            changes[key.strip()] = _parse(value) if isinstance(value, str) else value
+        except (YAMLError, ValueError) as error:
+            raise ValueError(f"--set {key}={value}{_explain(error)}; quote the value if it is a text") from None
+    return changes
+
+
+def _parse(text: str) -> Any:
+    return YAML(typ="safe", pure=True).load(text)  # plain types; refuses repeated keys
+
+
+def _explain(error: Exception) -> str:
+    """': ...' what is wrong, with the line where YAML knows it."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    line = f", line {mark.line + 1}" if mark else ""
+    return f"{line}: not valid YAML: {problem or ' '.join(str(error).split())}"
