@@ -1,0 +1,67 @@
+"""Image-text matching: hard negatives drawn by similarity, and the pairs of a step ordered by image.
+
+Sources: Li et al. 2021 (ALBEF, section 3.2), BLIP's `models/blip_retrieval.py`.
+
+Shapes: r rows that draw, c candidates, E embedding width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PAIRS_PER_SAMPLE = 3  # one match, one negative image, one negative text
+
+
+def gumbel(shape: torch.Size, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """Standard Gumbel noise: argmax(log w + noise) is a draw from weights w, as torch.multinomial's argmax(w / Exp)."""
+    return -torch.empty(shape, device=device).exponential_(generator=generator).log()
+
+
+@torch.no_grad()
+def sample_negatives(
+    feat: Tensor,
+    candidates: Tensor,
+    idx: Tensor,
+    candidate_idx: Tensor,
+    temp: Tensor,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor]:
+    """Draw one candidate for each row from softmax(similarity / temp) without those of the row's own image.
+
+    feat (r, E), candidates (c, E), idx (r,), candidate_idx (c,) -> drawn index (r,), whether one existed (r,).
+    In log space, so that nothing underflows at low temperatures (BLIP's softmax then fails in torch.multinomial), and
+    without a host sync: a row with no candidate gets index 0 and False.
+    """
+    logits = feat @ candidates.T / temp  # (r, c)
+    same = idx[:, None] == candidate_idx
+    drawn = logits + gumbel(logits.shape, logits.device, generator).to(logits.dtype)
+    return drawn.masked_fill(same, -torch.inf).argmax(1), ~same.all(1)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Image-text pairs of some images: parallel host lists. `image` counts from the first image of the micro-batch."""
+
+    image: list[int]
+    text: list[int]  # index into the gathered texts of all ranks
+    label: list[int]  # 1 = match
+    owner: list[int]  # index of the sample whose loss the pair belongs to
+
+
+def pairs_by_image(first: int, last: int, negative_image: list[int], negative_text: list[int]) -> Pairs:
+    """All pairs that touch images first..last-1 (indices over all ranks).
+
+    An image meets its own text, the text it drew, and every text that drew it. Over all images these are BLIP's three
+    pairs a sample, in another order: each pair touches one image, so no image is encoded for two of them.
+    """
+    drew: dict[int, list[int]] = {}
+    for text, image in enumerate(negative_image):
+        if first <= image < last:
+            drew.setdefault(image, []).append(text)
+    rows = []
+    for image in range(first, last):
+        rows.append((image - first, image, 1, image))
+        rows.append((image - first, negative_text[image], 0, image))
+        rows += [(image - first, text, 0, text) for text in drew.get(image, ())]
+    return Pairs(*(list(column) for column in zip(*rows, strict=True)))

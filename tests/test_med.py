@@ -1,0 +1,114 @@
+"""The text encoder against transformers' BlipTextModel: same names, same outputs, same gradients."""
+
+import json
+
+import pytest
+import torch
+from transformers.models.blip.configuration_blip import BlipTextConfig
+from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+from models.med import BertModel, PairRows, load_med_config
+from tests.conftest import random_captions, tiny_med
+from transform.text import tokenize
+
+
+def pair_of_models(width: int):
+    config = tiny_med(encoder_width=width)
+    ours = BertModel(config).eval()
+    theirs = BlipTextModel(
+        BlipTextConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            encoder_hidden_size=width,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            max_position_embeddings=config.max_position_embeddings,
+            layer_norm_eps=config.layer_norm_eps,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        ),
+        add_pooling_layer=False,
+    ).eval()
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    report = theirs.load_state_dict(ours.state_dict(), strict=False)
+    assert not report.unexpected_keys and set(report.missing_keys) <= {"embeddings.position_ids"}
+    return ours, theirs
+
+
+def compare(out, expected, ours, theirs):
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    weight = torch.randn_like(out)
+    (out * weight).sum().backward()
+    (expected * weight).sum().backward()
+    theirs = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        if parameter.grad is not None and not name.endswith("key.bias"):
+            torch.testing.assert_close(parameter.grad, theirs[name].grad, atol=2e-4, rtol=1e-4, msg=name)
+
+
+def test_text_alone():
+    ours, theirs = pair_of_models(48)
+    text = tokenize(random_captions(5))
+    expected = theirs(input_ids=text.input_ids, attention_mask=text.attention_mask, is_decoder=False)[0][:, 0]
+    compare(ours(text)[:, 0], expected, ours, theirs)
+
+
+def test_text_with_image_tokens():
+    ours, theirs = pair_of_models(48)
+    text, image_tokens = tokenize(random_captions(5)), torch.randn(5, 7, 48)
+    expected = theirs(
+        input_ids=text.input_ids,
+        attention_mask=text.attention_mask,
+        encoder_hidden_states=image_tokens,
+        encoder_attention_mask=torch.ones(5, 7),
+        is_decoder=False,
+    )[0][:, 0]
+    compare(ours(text, image_tokens, cls_only=True)[:, 0], expected, ours, theirs)
+
+
+@torch.no_grad()
+def test_shortcuts_are_exact():
+    """One [CLS] query in the last layer, no mask without padding, an image shared by its texts."""
+    model = BertModel(tiny_med(encoder_width=48)).double().eval()
+    text, image_tokens = tokenize(random_captions(6)), torch.randn(2, 7, 48).double()
+    image_of_pair = [1, 0, 1, 1, 0, 1]
+    full = model(text, image_tokens[image_of_pair])
+    shared = model(text, image_tokens, PairRows(image_of_pair, 2, torch.device("cpu")))
+    torch.testing.assert_close(shared, full, atol=1e-12, rtol=0)
+    torch.testing.assert_close(model(text, image_tokens[image_of_pair], cls_only=True), full[:, :1], atol=1e-12, rtol=0)
+    for i, length in enumerate(text.attention_mask.sum(1).tolist()):
+        alone = type(text)(*(x[i : i + 1, :length] for x in text))
+        torch.testing.assert_close(model(alone, cls_only=True, padded=False)[0], model(text)[i, :1], atol=1e-12, rtol=0)
+
+
+def test_an_image_without_texts_is_allowed():
+    model = BertModel(tiny_med(encoder_width=48)).eval()
+    rows = PairRows([2, 2], 3, torch.device("cpu"))
+    assert model(tokenize(["a dog", "a red cat"]), torch.randn(3, 4, 48), rows).shape == (2, 5, 64)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"hidden_size": 64,', "not valid JSON"),
+        (json.dumps({"hiden_size": 64}), "hiden_size"),
+        (json.dumps({"hidden_act": "relu"}), "hidden_act"),
+        (json.dumps({"hidden_size": 65, "num_attention_heads": 4}), "not a multiple"),
+        (None, "no file"),
+    ],
+)
+def test_bad_config_names_the_file_and_the_key(tmp_path, content, message):
+    path = tmp_path / "med.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load_med_config(path)
+    assert "med.json" in str(error.value)
+
+
+def test_the_published_config_loads():
+    config = load_med_config("configs/med_config.json")
+    assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (768, 12, 30524)

@@ -1,0 +1,165 @@
+"""The training step against the published algorithm: losses, every parameter's gradient, queues, in float64."""
+
+import copy
+
+import pytest
+import torch
+
+from benchmarks.published import published_step
+from models.train_step import train_step
+from tests.conftest import random_captions, tiny_model
+from tests.golden import NOISE, argmax_instead_of_sampling
+from transform.text import tokenize
+
+RANKS, BATCH = 4, 3
+IDX = torch.tensor([0, 1, 2, 3, 3, 4, 5, 0, 6, 7, 8, 9])  # shared images within and across ranks
+F64 = torch.float64
+
+
+def inputs():
+    g = torch.Generator().manual_seed(3)
+    image = torch.randn(RANKS * BATCH, 3, 32, 32, generator=g, dtype=F64)
+    return image, tokenize(random_captions(RANKS * BATCH, g)), IDX
+
+
+def half_filled(model):
+    model.enqueue(torch.randn(20, 32).to(F64), torch.randn(20, 32).to(F64), torch.arange(20) % 7)
+    return model.train()
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and not name.endswith(NOISE)
+    }
+
+
+def assert_gradients_equal(got, expected, rtol=1e-12):
+    assert got.keys() == expected.keys() and len(got) > 100
+    for name in expected:
+        deviation = (got[name] - expected[name]).norm() / expected[name].norm().clamp_min(1e-300)
+        assert deviation < rtol, f"{name}: {deviation:.1e}"
+
+
+@pytest.mark.parametrize("negative_all_rank", [True, False])
+@pytest.mark.parametrize(("micro_batch", "keep_graphs"), [(1, 0), (2, 6), (5, 0), (3, 0), (12, 0), (None, 0)])
+def test_equals_the_published_algorithm_on_every_rank(monkeypatch, negative_all_rank, micro_batch, keep_graphs):
+    argmax_instead_of_sampling(monkeypatch)
+    image, text, idx = inputs()
+    ours = half_filled(tiny_model(F64, negative_all_rank=negative_all_rank))
+    theirs = copy.deepcopy(ours)
+    likeliest = lambda weights: weights.argmax(1).tolist()  # noqa: E731
+    losses = published_step(theirs, image, text, idx, 0.3, RANKS, likeliest)
+    (sum(ita + itm for ita, itm in losses) / RANKS).backward()
+
+    report = train_step(ours, image, text, idx, 0.3, RANKS, micro_batch, keep_graphs)
+    expected = torch.tensor([[ita.item(), itm.item()] for ita, itm in losses])
+    torch.testing.assert_close(report.loss_sums, expected, rtol=1e-6, atol=0)
+    assert_gradients_equal(gradients(ours), gradients(theirs))
+    assert not report.starved
+    for name, buffer in ours.named_buffers():
+        torch.testing.assert_close(buffer, dict(theirs.named_buffers())[name], rtol=1e-12, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("negative_all_rank", [True, False])
+def test_parameters_after_several_adamw_steps(monkeypatch, negative_all_rank):
+    argmax_instead_of_sampling(monkeypatch)
+    ours = half_filled(tiny_model(F64, negative_all_rank=negative_all_rank))
+    theirs = copy.deepcopy(ours)
+    for step in range(4):
+        g = torch.Generator().manual_seed(step)
+        image = torch.randn(RANKS * BATCH, 3, 32, 32, generator=g, dtype=F64)
+        text = tokenize(random_captions(RANKS * BATCH, g))
+        for model in (ours, theirs):
+            optimizer = getattr(model, "optimizer", None) or torch.optim.AdamW(
+                [p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.05
+            )
+            model.optimizer = optimizer
+            optimizer.zero_grad()
+            if model is ours:
+                train_step(model, image, text, IDX, 0.4, RANKS, micro_batch=2)
+            else:
+                losses = published_step(model, image, text, IDX, 0.4, RANKS, lambda w: w.argmax(1).tolist())
+                (sum(ita + itm for ita, itm in losses) / RANKS).backward()
+            optimizer.step()
+    for name, parameter in ours.named_parameters():
+        if not name.endswith(NOISE):
+            torch.testing.assert_close(parameter, theirs.get_parameter(name), rtol=0, atol=1e-8, msg=name)
+    torch.testing.assert_close(ours.image_queue, theirs.image_queue, rtol=0, atol=1e-9)
+
+
+def test_forward_is_one_step_of_one_rank(monkeypatch):
+    argmax_instead_of_sampling(monkeypatch)
+    image, text, idx = inputs()
+    ours = half_filled(tiny_model(F64))
+    theirs = copy.deepcopy(ours)
+    loss_ita, loss_itm = theirs(image, text, alpha=0.2, idx=idx)
+    (loss_ita + loss_itm).backward()
+    report = train_step(ours, image, text, idx, 0.2, micro_batch=5)
+    torch.testing.assert_close(report.loss_sums[0], torch.tensor([loss_ita.item(), loss_itm.item()]), rtol=1e-6, atol=0)
+    assert_gradients_equal(gradients(ours), gradients(theirs))
+
+
+def test_drop_path_is_replayed_when_an_image_is_encoded_again(monkeypatch):
+    """ViT-L's stochastic depth: micro-batches with recomputation equal micro-batches with all graphs kept."""
+    argmax_instead_of_sampling(monkeypatch)
+    monkeypatch.setitem(__import__("models.vit").vit.VIT_SIZES, "nano", (96, 6, 3, 0.5))
+    image, text, idx = inputs()
+    model = half_filled(tiny_model(F64, negative_all_rank=True))
+    twin = copy.deepcopy(model)
+    for m, keep_graphs in ((model, 0), (twin, 12)):
+        torch.manual_seed(5)
+        train_step(m, image, text, idx, 0.3, RANKS, micro_batch=3, keep_graphs=keep_graphs)
+    assert_gradients_equal(gradients(model), gradients(twin))
+
+
+def test_dropout_changes_nothing_in_expectation():
+    """With dropout the step is random as BLIP's is: same mean loss over many draws, and not the same each time."""
+    image, text, idx = inputs()
+    from tests.conftest import tiny_med
+
+    model = half_filled(tiny_model(F64, med_config=tiny_med(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)))
+    start = copy.deepcopy(model.state_dict())
+    ours, theirs = [], []
+    for seed in range(12):
+        for losses in (ours, theirs):
+            model.load_state_dict(start)
+            torch.manual_seed(seed)
+            with torch.no_grad():
+                pass
+            if losses is ours:
+                model.zero_grad()
+                losses.append(train_step(model, image, text, idx, 0.3, micro_batch=4).loss_sums[0])
+            else:
+                with torch.no_grad():
+                    losses.append(torch.stack(published_step(model, image, text, idx, 0.3)[0]).float())
+    ours, theirs = torch.stack(ours), torch.stack(theirs)
+    assert ours.std(0).min() > 0
+    spread = (ours.var(0) + theirs.var(0)).div(12).sqrt()
+    assert ((ours.mean(0) - theirs.mean(0)).abs() < 4 * spread).all()
+
+
+def test_a_pool_of_one_image_is_reported():
+    image, text, _ = inputs()
+    report = train_step(half_filled(tiny_model(F64)), image, text, torch.zeros(12, dtype=torch.long), 0.3)
+    assert report.starved
+
+
+def test_queue_wraps_around():
+    model = tiny_model(queue_size=10)
+    for start in (0, 7):
+        feat = torch.arange(start, start + 7.0)[:, None].expand(7, 32)
+        model.enqueue(feat, -feat, torch.arange(start, start + 7))
+    assert model.ptr_queue.item() == 4
+    assert model.idx_queue[0].tolist() == [10, 11, 12, 13, 4, 5, 6, 7, 8, 9]
+    assert model.image_queue[0].tolist() == [10, 11, 12, 13, 4, 5, 6, 7, 8, 9]
+    torch.testing.assert_close(model.text_queue, -model.image_queue)
+
+
+def test_momentum_update_is_the_formula():
+    model = tiny_model(momentum=0.9)
+    with torch.no_grad():
+        model.vision_proj.weight.add_(1)
+    before = model.vision_proj_m.weight.clone()
+    model.update_momentum()
+    torch.testing.assert_close(model.vision_proj_m.weight, 0.9 * before + 0.1 * model.vision_proj.weight)
+    assert not any(p.requires_grad for _, twin in model.twins() for p in twin.parameters())

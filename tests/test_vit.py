@@ -1,0 +1,53 @@
+"""The image encoder against timm's own VisionTransformer, and activation checkpointing."""
+
+import pytest
+import timm
+import torch
+
+from models.vit import VisionTransformer
+
+
+@pytest.mark.parametrize("vit", ["tiny", "nano"])
+def test_equals_timm(vit):
+    ours = VisionTransformer(vit, image_size=64).eval()
+    width, depth, heads = {"tiny": (192, 12, 3), "nano": (96, 6, 3)}[vit]
+    theirs = timm.models.vision_transformer.VisionTransformer(
+        img_size=64, patch_size=16, embed_dim=width, depth=depth, num_heads=heads, num_classes=0, global_pool=""
+    ).eval()
+    theirs.load_state_dict(ours.state_dict())  # the same names
+    image = torch.randn(2, 3, 64, 64)
+    tokens = ours(image)
+    torch.testing.assert_close(tokens, theirs(image), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours(image, cls_only=True), tokens[:, :1], atol=1e-5, rtol=1e-5)
+
+
+def test_drop_path_rates_of_vit_large():
+    with torch.device("meta"):
+        blocks = VisionTransformer("large", image_size=64).blocks
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in blocks]
+    assert rates == pytest.approx([0.1 * i / 23 for i in range(24)])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_checkpointing_leaves_gradients_bit_equal(autocast):
+    image = torch.randn(2, 3, 32, 32)
+    grads = []
+    for grad_ckpt in (False, True):
+        torch.manual_seed(1)
+        vit = VisionTransformer("nano", 32, grad_ckpt=grad_ckpt, ckpt_layer=4)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            tokens = vit(image)
+        (tokens.float() ** 2).sum().backward()
+        grads.append({name: p.grad for name, p in vit.named_parameters()})
+    assert grads[0].keys() == grads[1].keys()
+    for name in grads[0]:
+        assert torch.equal(grads[0][name], grads[1][name]), name
+
+
+def test_checkpointing_recomputes_only_the_last_blocks():
+    vit = VisionTransformer("nano", 32, grad_ckpt=True, ckpt_layer=2)
+    calls = [0] * len(vit.blocks)
+    for i, block in enumerate(vit.blocks):
+        block.mlp.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+    vit(torch.randn(1, 3, 32, 32)).sum().backward()
+    assert calls == [1, 1, 1, 1, 2, 2]
