@@ -142,6 +142,10 @@ def memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
+class NotFinite(ValueError):
+    """A loss or gradient is infinite or not a number."""
+
+
 class LossMeter:
     """Losses of an epoch: running means, a line every few seconds, and a stop where a number is not finite.
 
@@ -186,7 +190,7 @@ class LossMeter:
         loss_ita, loss_itm, grad_norm, starved, stop = values.tolist()
         where = f"{self.name}, step {step - 1}"
         if not all(map(math.isfinite, (loss_ita, loss_itm, grad_norm))):
-            raise ValueError(
+            raise NotFinite(
                 f"{where}: loss_ita {loss_ita}, loss_itm {loss_itm}, gradient norm {grad_norm} are not all finite. "
                 f"Lower init_lr, or use precision fp32. Images of this step: {', '.join(names)}."
             )

@@ -1,12 +1,16 @@
 """Tiny models and drawn data for every test; nothing here touches the network."""
 
+import json
 import os
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the suite is a CPU suite; benchmarks cover the GPU
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from ruamel.yaml import YAML
 
 from models.blip_retrieval import BLIP_Retrieval
 from models.med import MedConfig
@@ -41,3 +45,30 @@ def random_captions(count: int, generator: torch.Generator | None = None, longes
         " ".join(WORDS[i] for i in torch.randint(len(WORDS), (length,), generator=generator).tolist())
         for length in lengths
     ]
+
+
+@pytest.fixture
+def tiny_run(tmp_path):
+    """A folder with 12 training, 4 validation and 4 test pictures, annotations and a config that trains in seconds."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for split, count in (("train", 12), ("val", 4), ("test", 4)):
+        rows = []
+        for i in range(count):
+            colour, name = rng.integers(0, 256, 3), f"{split}_{i}.png"
+            pixels = np.clip(colour + rng.integers(-20, 20, (40, 40, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name)
+            words = [WORDS[j] for j in rng.integers(0, len(WORDS), 5)]
+            rows.append({"image": name, "caption": [" ".join(words), " ".join(words[::-1])], "image_id": f"{split}{i}"})
+        (tmp_path / f"{split}.json").write_text(json.dumps(rows))
+    text = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    (tmp_path / "med.json").write_text(json.dumps({**text, "hidden_dropout_prob": 0.1}))
+    config = {
+        "dataset": "custom", "image_root": str(tmp_path / "images"), "ann_root": str(tmp_path),
+        "train_file": "train.json", "val_file": "val.json", "test_file": "test.json", "num_workers": 0,
+        "vit": "nano", "image_size": 32, "embed_dim": 16, "med_config": str(tmp_path / "med.json"),
+        "queue_size": 24, "k_test": 64, "batch_size_train": 4, "batch_size_test": 3, "max_epoch": 2,
+        "global_batch_size": 8, "ranks_emulated": 2, "init_lr": 1e-4,
+    }  # fmt: skip
+    YAML().dump(config, tmp_path / "config.yaml")
+    return tmp_path

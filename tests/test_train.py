@@ -1,0 +1,170 @@
+"""The program: train, evaluate, one process or two, with the launcher and without; what bad input gets."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ruamel.yaml import YAML
+
+import train_retrieval
+from configs.schema import load_config
+
+ROOT = Path(__file__).parent.parent
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+
+
+def run(folder: Path, *args: str, config: str = "config.yaml") -> int:
+    argv = ["--config", str(folder / config), "--output_dir", str(folder / "out"), "--device", "cpu", *args]
+    return train_retrieval.main(argv)
+
+
+def launch(folder: Path, processes: int, output: str, *args: str) -> None:
+    argv = ["--config", str(folder / "config.yaml"), "--output_dir", str(folder / output), "--device", "cpu", *args]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*LAUNCHER, str(processes), "train_retrieval.py", *argv]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_trains_evaluates_and_leaves_a_run_folder(tiny_run, capsys):
+    assert run(tiny_run) == 0
+    before, *epochs, test = lines(tiny_run / "out" / "log.txt")
+    assert before["epoch"] == -1 and [line["epoch"] for line in epochs] == [0, 1]
+    for line in epochs:
+        assert line["train_lr"] == pytest.approx(1e-4 if line["epoch"] == 0 else 5e-5)
+        assert all(np.isfinite(line[f"train_loss_{name}"]) for name in ("ita", "itm"))
+    nine = ["txt_r1", "txt_r5", "txt_r10", "txt_r_mean", "img_r1", "img_r5", "img_r10", "img_r_mean", "r_mean"]
+    for prefix, line in [("val_", epochs[0]), ("test_", test)]:
+        assert {f"{prefix}{kind}{key}" for kind in ("", "itc_", "chance_") for key in nine} <= set(line)
+    assert test["test_chance_txt_r1"] == 25  # 2 of 8 captions are right
+
+    checkpoint = torch.load(tiny_run / "out" / "checkpoint_best.pth", weights_only=True)
+    assert {"model", "optimizer", "config", "epoch"} <= set(checkpoint)
+    assert checkpoint["epoch"] == test["best_epoch"]
+    assert load_config(tiny_run / "out" / "config.yaml").max_epoch == 2
+    messages = capsys.readouterr().err
+    for word in ("eta", "loss_ita", "loss_itm", "lr ", "images/s", "MB", "chance", "k_test 64 is larger"):
+        assert word in messages
+
+
+def test_evaluate_writes_its_result_and_nothing_else(tiny_run):
+    assert run(tiny_run) == 0
+    best = tiny_run / "out" / "checkpoint_best.pth"
+    before = {path.name: path.stat().st_mtime_ns for path in (tiny_run / "out").iterdir()}
+    assert run(tiny_run, "--evaluate", "--set", f"finetuned={best}") == 0
+    after = {path.name: path.stat().st_mtime_ns for path in (tiny_run / "out").iterdir()}
+    assert set(after) - set(before) == {"evaluate.txt"} and all(after[name] == before[name] for name in before)
+    (result,) = lines(tiny_run / "out" / "evaluate.txt")
+    trained = lines(tiny_run / "out" / "log.txt")[-1]
+    assert {key: result[key] for key in trained if key != "best_epoch"} == {
+        k: v for k, v in trained.items() if k != "best_epoch"
+    }
+
+
+def test_evaluate_loads_finetuned_before_pretrained(tiny_run, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(train_retrieval, "load_pretrained", lambda model, source, cache_dir: loaded.append(source))
+    run(tiny_run, "--evaluate", "--set", "pretrained=p.pth")
+    run(tiny_run, "--evaluate", "--set", "pretrained=p.pth", "finetuned=f.pth")
+    assert loaded == ["p.pth", "f.pth"]
+
+
+@pytest.mark.slow
+def test_launcher_and_number_of_processes_do_not_change_results(tiny_run):
+    """In-process, launched as one, launched as two (each playing one of the two emulated ranks)."""
+    torch.set_num_threads(1)
+    YAML().dump({**YAML().load(tiny_run / "config.yaml"), "negative_all_rank": True}, tiny_run / "config.yaml")
+    text = json.loads((tiny_run / "med.json").read_text())
+    (tiny_run / "med.json").write_text(
+        json.dumps({**text, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
+    )
+    assert run(tiny_run) == 0
+    launch(tiny_run, 1, "one")
+    launch(tiny_run, 2, "two")
+    alone, one, two = (lines(tiny_run / name / "log.txt") for name in ("out", "one", "two"))
+    assert one == alone
+    assert len(two) == len(one)
+    for a, b in zip(one, two, strict=True):
+        assert b == pytest.approx(a, rel=1e-4, abs=1e-4)
+
+    best = tiny_run / "one" / "checkpoint_best.pth"
+    for processes in (1, 2):
+        launch(tiny_run, processes, f"eval{processes}", "--evaluate", "--set", f"pretrained={best}")
+    assert lines(tiny_run / "eval1" / "evaluate.txt") == lines(tiny_run / "eval2" / "evaluate.txt")
+
+
+BAD = {
+    "unknown key": (["--set", "qeue_size=24"], ["qeue_size", "queue_size"]),
+    "queue smaller than a batch": (["--set", "queue_size=6"], ["queue_size", "8"]),
+    "no image root": (["--set", "image_root=/nowhere/images"], ["image_root", "/nowhere/images"]),
+    "no annotations": (["--set", "train_file=absent.json"], ["absent.json"]),
+    "no checkpoint": (["--set", "pretrained=absent.pth"], ["absent.pth"]),
+    "no text config": (["--set", "med_config=absent.json"], ["med_config", "absent.json"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_paragraph_and_exit_status_2(tiny_run, capsys, name):
+    args, expected = BAD[name]
+    assert run(tiny_run, *args) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "Traceback" not in error
+    for word in expected:
+        assert word in error
+    assert not list((tiny_run / "out").glob("*.pth"))
+
+
+def test_missing_images_are_counted_and_the_first_is_named(tiny_run, capsys):
+    for i in (3, 5):
+        (tiny_run / "images" / f"train_{i}.png").unlink()
+    assert run(tiny_run) == 2
+    error = capsys.readouterr().err
+    assert "train_3.png" in error and "2 of 12" in error
+
+
+def test_an_unreadable_image_is_named(tiny_run, capsys):
+    (tiny_run / "images" / "train_3.png").write_bytes(b"not a picture")
+    assert run(tiny_run) == 2
+    assert "train_3.png" in capsys.readouterr().err
+
+
+def test_a_batch_of_one_image_is_an_error_before_the_step(tiny_run, capsys):
+    rows = json.loads((tiny_run / "train.json").read_text())
+    for row in rows:
+        row["image_id"] = "the same"
+    (tiny_run / "train.json").write_text(json.dumps(rows))
+    assert run(tiny_run) == 2
+    error = capsys.readouterr().err
+    assert "epoch 0, step 0" in error and "same image" in error
+
+
+def test_a_non_finite_loss_stops_the_run_and_names_step_images_and_last_save(tiny_run, capsys, monkeypatch):
+    original = train_retrieval.compute_gradients
+
+    def broken(model, *args):
+        report = original(model, *args)
+        if args[4] == 1:  # epoch 1
+            report.loss_sums.fill_(float("nan"))
+        return report
+
+    monkeypatch.setattr(train_retrieval, "compute_gradients", broken)
+    assert run(tiny_run) == 2
+    error = capsys.readouterr().err
+    assert "epoch 1, step 0" in error and "train_" in error and "checkpoint_e001_s000000.pth" in error
+
+
+def test_a_second_run_into_the_same_folder_is_refused(tiny_run, capsys):
+    (tiny_run / "out").mkdir()
+    (tiny_run / "out" / "log.txt").write_text('{"epoch": 0}\n')
+    assert run(tiny_run) == 2
+    assert "--resume auto" in capsys.readouterr().err
+    assert (tiny_run / "out" / "log.txt").read_text() == '{"epoch": 0}\n'
