@@ -11,7 +11,7 @@ INSTALLED := .venv/installed
 .PHONY: demo test test-slow lint
 
 demo: $(INSTALLED)
-	.venv/bin/python -m torch.distributed.run --nproc_per_node=1 train_retrieval.py --config configs/retrieval_scenes.yaml --output_dir output/retrieval_scenes
+	.venv/bin/python -m torch.distributed.run --nproc_per_node=1 train_retrieval.py --config configs/retrieval_scenes.yaml --output_dir output/retrieval_scenes --resume auto
 
 test: $(INSTALLED)
 	.venv/bin/python -m pytest

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 VERSION = 1  # raise it when the drawing changes: folders drawn by an older version are drawn again
 SIDE = 64  # pixels
 OVERSAMPLE = 4  # shapes are drawn this many times larger and averaged down, which smooths their edges
-TRAIN_IMAGES, VAL_IMAGES, TEST_IMAGES = 6000, 500, 500
+TRAIN_IMAGES, VAL_IMAGES, TEST_IMAGES = 6000, 200, 500
 HARD_FRACTION = 0.5  # share of the images that come in confusable pairs
 ARCHIVE, STAMP = "images.zip", "stamp.json"
 
