@@ -3,48 +3,66 @@
     python -m torch.distributed.run --nproc_per_node=1 train_retrieval.py \\
         --config configs/retrieval_flickr.yaml --output_dir output/retrieval_flickr [--evaluate]
 
-It also runs without the launcher, as one process. A run folder gets `config.yaml`, `log.txt` (one JSON line an epoch),
+It also runs without the launcher, as one process. `--check` looks at everything that could go wrong later and writes
+nothing. A run folder gets `config.yaml`, `log.txt` (one JSON line an epoch), perhaps `nonfinite_batch.txt`,
 `checkpoint_best.pth` (best validation r_mean, the published layout) and the last states for `--resume`;
 `--evaluate` writes `evaluate.txt` only.
 """
 
 import argparse
-import json
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 
 from configs.schema import RetrievalConfig, load_config, resolve, save_config
-from data.annotations import load_annotations
-from data.images import find_path, open_store, require_images
-from data.loaders import GlobalBatchSampler, eval_image_loader, train_loader
-from data.metrics import KS, chance_metrics, retrieval_metrics
+from data.annotations import SPLITS, Annotations, available_splits, load_annotations
+from data.checks import Findings, check_data
+from data.images import find_path
+from data.loaders import eval_image_loader, recipe_sampler, train_loader
+from data.metrics import chance_metrics, recall_table, retrieval_metrics, within_noise
+from data.recipe import check_disk, check_recipe, require_negatives
 from data.retrieval import TrainBatch
 from models.blip_retrieval import BLIP_Retrieval
-from models.checkpoint import RunState, find_runs, load_pretrained, resume, save_checkpoint, save_run
+from models.checkpoint import (
+    RunState,
+    find_runs,
+    fit,
+    load_pretrained,
+    open_weights,
+    resume,
+    save_checkpoint,
+    save_run,
+)
+from models.download import RELEASED, cache_folder
+from models.machine import auto_keep_graphs, compile_encoders
+from models.meters import LossMeter, NotFinite, Watch
 from models.rerank import own_blocks, rerank
 from models.train_step import StepReport, train_step
 from utils import (
-    LossMeter,
-    NotFinite,
     StopSignal,
     average_gradients,
     barrier,
     broadcast_model,
-    cosine_lr,
+    build_optimizer,
+    from_main,
     generator,
     get_rank,
     get_world_size,
     init_distributed,
     is_main,
+    keep_log_until,
+    name_images,
     precision,
     ramped_alpha,
+    record,
     seed_from,
+    set_lr,
     setup_logging,
 )
 
@@ -57,6 +75,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="YAML file; configs/schema.py documents every key")
     parser.add_argument("--output_dir", type=Path, help="run folder (default: output/<name of the config>)")
     parser.add_argument("--evaluate", action="store_true", help="only evaluate val and test, touching no checkpoint")
+    parser.add_argument("--check", action="store_true", help="look for mistakes in config, data, checkpoint and disk")
     parser.add_argument("--device", default="auto", help="cuda, cuda:N or cpu (default: cuda when there is one)")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument(
@@ -77,200 +96,259 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = init_distributed(args.device)
         setup_logging()
         cfg = resolve(load_config(args.config, args.set), get_world_size())
+        job, found = preflight(cfg, args)
+        found.errors = from_main(found.errors)
+        if args.check:
+            return print_report(found)
+        if found.errors and not is_main():
+            return 2  # rank 0 says why
+        found.act()
         torch.manual_seed(args.seed)  # the same random weights on every process
         model = build_model(cfg).to(device)
-        if args.evaluate:
-            evaluate_only(model, cfg, args, device)
-        else:
-            return train(model, cfg, args, device)
-    except ValueError as error:
+        if not args.evaluate:
+            return train(model, job)
+        evaluate_only(model, job)
+    except (ValueError, OSError) as error:  # OSError: a disk that fills up, for instance
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 def build_model(cfg: RetrievalConfig) -> BLIP_Retrieval:
-    return BLIP_Retrieval(
-        med_config=find_path(cfg.med_config),
-        image_size=cfg.image_size,
-        vit=cfg.vit,
-        vit_grad_ckpt=cfg.vit_grad_ckpt,
-        vit_ckpt_layer=cfg.vit_ckpt_layer,
-        embed_dim=cfg.embed_dim,
-        queue_size=cfg.queue_size,
-        momentum=cfg.momentum,
-        negative_all_rank=cfg.negative_all_rank,
-        patch_size=cfg.patch_size,
-    )
+    names = ("image_size", "vit", "vit_grad_ckpt", "vit_ckpt_layer", "embed_dim", "queue_size", "momentum",
+             "negative_all_rank", "patch_size")  # fmt: skip
+    med_config = find_path(cfg.med_config)
+    try:
+        return BLIP_Retrieval(med_config=med_config, **{name: getattr(cfg, name) for name in names})
+    except TypeError as error:
+        raise ValueError(f"med_config {med_config}: a value is of the wrong type ({error}).") from None
+
+
+# ---- before a run ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done, on which data; it does not change."""
+
+    cfg: RetrievalConfig  # resolved
+    args: argparse.Namespace
+    splits: dict[str, Annotations]  # those the job needs
+
+    @property
+    def folder(self) -> Path:
+        return self.args.output_dir
+
+
+def preflight(cfg: RetrievalConfig, args: argparse.Namespace) -> tuple[Job, Findings]:
+    """Read the annotations; on rank 0 find what is wrong (with `--check` in all of it) before anything is written."""
+    found, job = Findings(), Job(cfg, args, {})
+    for split in [s for s in available_splits(cfg) if s != "train"] if args.evaluate else SPLITS:
+        found.attempt(lambda split=split: job.splits.update({split: load_annotations(cfg, split)}))
+    if not is_main():
+        return job, found
+    found.add(check_data(cfg, job.splits, args.check))
+    found.attempt(lambda: found.add(check_model(job)))
+    if not args.evaluate and not args.resume and (job.folder / LOG).exists():
+        found.errors.append(
+            f"--output_dir {job.folder} already holds a run: continue it with --resume auto, or name another folder."
+        )
+    if "train" in job.splits:
+        found.add(check_recipe(cfg, job.splits["train"]))
+        found.attempt(lambda: require_negatives(cfg, job.splits["train"], args.seed))
+    return job, found
+
+
+def check_model(job: Job) -> Findings:
+    """The text encoder's JSON, the checkpoint, and room for saves; on a model without memory."""
+    cfg, args = job.cfg, job.args
+    with torch.device("meta"):
+        model = build_model(cfg)
+    source = (cfg.finetuned if args.evaluate else "") or cfg.pretrained
+    found = check_checkpoint(model, source, job) if source and not args.resume else Findings()
+    if not args.evaluate:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        found.add(check_disk(job.folder, trained, cfg.keep_last))
+    return found
+
+
+def check_checkpoint(model: BLIP_Retrieval, source: str, job: Job) -> Findings:
+    """Whether it fits the config, and whether it is one to train from."""
+    cfg, args = job.cfg, job.args
+    remote = "://" in source or (source in RELEASED and not Path(source).exists())
+    if args.check and remote and not (cache_folder(cfg.cache_dir) / source.rpartition("/")[2]).exists():
+        return Findings(facts=[f"{source}: not here yet, so not checked; the first run downloads it"])
+    if args.check:
+        with warnings.catch_warnings(action="ignore"):  # that there is no memory to load into
+            kind = load_pretrained(model, source, cfg.cache_dir).kind
+    else:
+        kind = fit(open_weights(source, cfg.cache_dir), model.state_dict())[1].kind
+    found = Findings(facts=[f"{source}: {kind}"])
+    if not args.evaluate and ("already fine-tuned" in kind or "run of this program" in kind):
+        found.warnings.append(
+            f"pretrained {source} is a {kind}: fine-tuning it again starts a finished model at the full learning rate; "
+            "set pretrained to a pre-trained checkpoint such as model_base.pth, or lower init_lr"
+        )
+    return found
+
+
+def print_report(found: Findings) -> int:
+    """The exit status of `--check`: 2 if there are errors."""
+    if is_main():
+        print(found.report())
+        for error in found.errors:
+            print(f"error: {error}", file=sys.stderr)
+    return 2 if found.errors else 0
 
 
 # ---- evaluation -----------------------------------------------------------------------------------------------------
 
 
-def evaluate_only(model: BLIP_Retrieval, cfg: RetrievalConfig, args: argparse.Namespace, device: torch.device) -> None:
-    source = cfg.finetuned or cfg.pretrained
+def evaluate_only(model: BLIP_Retrieval, job: Job) -> None:
+    source = job.cfg.finetuned or job.cfg.pretrained
     if source:
-        load_pretrained(model, source, cfg.cache_dir)
+        load_pretrained(model, source, job.cfg.cache_dir)
     else:
         log.warning("neither finetuned nor pretrained is set: evaluating random weights")
-    stats = evaluate(model, cfg, "val", device) | evaluate(model, cfg, "test", device)
-    record(args.output_dir, stats, "evaluate.txt")
+    stats = {}
+    for split in job.splits:
+        stats |= evaluate(model, job, split)
+        warn_near_chance(Watch(), job.splits[split], split, stats)
+    record(job.folder / "evaluate.txt", stats)
 
 
-def evaluate(model: BLIP_Retrieval, cfg: RetrievalConfig, split: str, device: torch.device) -> dict[str, float]:
-    """Recall of one split in percent, keys prefixed `val_` or `test_`.
+def evaluate(model: BLIP_Retrieval, job: Job, split: str) -> dict[str, float]:
+    """Recall of one split in percent, keys prefixed `val_` or `test_`; NotFinite when a score is no number.
 
     BLIP's nine keys are of the re-ranked lists; `itc_*` are the same nine from contrast alone, `chance_*` by luck.
     """
-    annotations = load_annotations(cfg, split)
-    require_images(open_store(cfg), annotations.images)
+    cfg, annotations = job.cfg, job.splits[split]
     num_images = len(annotations.images)
     own_images = [i for block in own_blocks(num_images, cfg.batch_size_test) for i in block]
-    batches = eval_image_loader(cfg, annotations, own_images, device)
+    batches = eval_image_loader(cfg, annotations, own_images, model.temp.device)
+    ids = annotations.image_ids, annotations.caption_ids
     gallery = min(num_images, len(annotations.captions))
     log.info("evaluate %s: %d images, %d captions", annotations.name, num_images, len(annotations.captions))
     if cfg.k_test > gallery:
         log.info("k_test %d is larger than the gallery: %d candidates are re-ranked", cfg.k_test, gallery)
     model.eval()
     with precision(model, cfg.eval_precision):
-        ranking = rerank(
-            model, batches, num_images, annotations.captions, cfg.k_test, cfg.batch_size_test, cfg.rerank_tokens
-        )
-    ids = annotations.image_ids, annotations.caption_ids
-    itm, itc = (retrieval_metrics(x.i2t, x.i2t_value, x.t2i, x.t2i_value, *ids) for x in (ranking.itm, ranking.itc))
+        sizes = cfg.k_test, cfg.batch_size_test, cfg.rerank_tokens
+        ranking = rerank(model, batches, num_images, annotations.captions, *sizes, *ids)
+    try:
+        itm, itc = (retrieval_metrics(x.i2t, x.i2t_value, x.t2i, x.t2i_value, *ids) for x in (ranking.itm, ranking.itc))
+    except ValueError as error:
+        raise NotFinite(f"{annotations.name}: {error}") from None
     chance = chance_metrics(*ids)
-    log_recall(annotations.name, {"re-ranked (ITM)": itm, "contrast (ITC)": itc, "chance": chance})
+    rows = {"re-ranked (ITM)": itm, "contrast (ITC)": itc, "chance": chance}
+    for line in recall_table(annotations.name, rows):
+        log.info("%s", line)
     kinds = {"": itm, "itc_": itc, "chance_": chance}
     return {f"{split}_{kind}{k}": v for kind, metrics in kinds.items() for k, v in metrics.items()}
 
 
-def log_recall(name: str, rows: dict[str, dict[str, float]]) -> None:
-    """A table of Recall@K in percent, one row for each way to rank."""
-    ks = "".join(f"{f'R@{k}':>8}" for k in KS)
-    log.info("%-18s %24s  %24s", name, "image -> text", "text -> image")
-    log.info("%-18s %s  %s  %8s", "Recall, %", ks, ks, "mean")
-    for row, metrics in rows.items():
-        txt, img = ("".join(f"{metrics[f'{way}_r{k}']:8.2f}" for k in KS) for way in ("txt", "img"))
-        log.info("%-18s %s  %s  %8.2f", row, txt, img, metrics["r_mean"])
+def warn_near_chance(watch: Watch, table: Annotations, split: str, stats: dict[str, float]) -> None:
+    metrics = {key.removeprefix(f"{split}_"): value for key, value in stats.items()}
+    if within_noise(metrics, len(table.images), len(table.captions)):
+        watch.near_chance(table.name)
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
-def train(model: BLIP_Retrieval, cfg: RetrievalConfig, args: argparse.Namespace, device: torch.device) -> int:
+def train(model: BLIP_Retrieval, job: Job) -> int:
     """Epochs with validation, then the test split with the best weights. Returns the exit status."""
-    folder = args.output_dir
-    for split in ("val", "test"):
-        require_images(open_store(cfg), load_annotations(cfg, split).images)
-    loader = build_loader(cfg, args.seed, device)
+    cfg, folder, table = job.cfg, job.folder, job.splits["train"]
+    sampler = recipe_sampler(cfg, len(table.captions), job.args.seed, get_world_size(), get_rank())
+    loader = train_loader(cfg, table, sampler, model.temp.device)
     optimizer = build_optimizer(model, cfg)
-    state = start_run(model, optimizer, cfg, args)
+    state = start_run(model, optimizer, job)
     broadcast_model(model)
     if state.epoch == state.step == 0:
-        record(folder, {"epoch": -1, **evaluate(model, cfg, "val", device)})  # where training starts from
-    stop = StopSignal()
+        record(folder / LOG, {"epoch": -1, **evaluate(model, job, "val")})  # where training starts from
+    if cfg.compile:
+        compile_encoders(model)
+    keep_graphs = count_kept_graphs(model, cfg, optimizer)
+    stop, watch = StopSignal(), Watch(len(loader))
     for epoch in range(state.epoch, cfg.max_epoch):
         try:
-            stats = train_one_epoch(model, loader, optimizer, cfg, args, state, stop, device)
+            stats = train_one_epoch(model, loader, optimizer, job, state, keep_graphs, stop, watch)
+            if stats is None:
+                log.info("stopped by a signal after step %d of epoch %d: go on with --resume auto", state.step, epoch)
+                return StopSignal.EXIT_STOPPED
+            stats |= evaluate(model, job, "val")
         except NotFinite as error:
-            saves = find_runs(folder)
-            raise ValueError(
-                f"{error} The last good state is {saves[0] if saves else 'the start of the run'}."
-            ) from None
-        if stats is None:
-            log.info("stopped by a signal after step %d of epoch %d: continue with --resume auto", state.step, epoch)
-            return StopSignal.EXIT_STOPPED
-        stats |= evaluate(model, cfg, "val", device)
+            images, saves = name_images(error.names, folder / "nonfinite_batch.txt"), find_runs(folder)
+            last = saves[0] if saves else "the start of the run"
+            raise ValueError(f"{error}{images} The last good state is {last}.") from None
+        warn_near_chance(watch, job.splits["val"], "val", stats)
         if stats["val_r_mean"] > state.best or state.best_epoch < 0:
             state.best, state.best_epoch = stats["val_r_mean"], epoch
             save_checkpoint(folder / BEST, model, optimizer, asdict(cfg), epoch)
-        record(folder, {"epoch": epoch, **stats, "best_epoch": state.best_epoch})
+        record(folder / LOG, {"epoch": epoch, **stats, "best_epoch": state.best_epoch})
         state.epoch, state.step, state.meters = epoch + 1, 0, {}
         save_run(folder, model, optimizer, asdict(cfg), state, cfg.keep_last)
         barrier()
     load_pretrained(model, str(folder / BEST))
-    record(folder, {"best_epoch": state.best_epoch, **evaluate(model, cfg, "test", device)})
+    record(folder / LOG, {"best_epoch": state.best_epoch, **evaluate(model, job, "test")})
     log.info("the best epoch was %d; weights, log and config are in %s", state.best_epoch, folder)
     return 0
 
 
-def build_loader(cfg: RetrievalConfig, seed: int, device: torch.device) -> DataLoader:
-    """This process's share of every global batch."""
-    annotations = load_annotations(cfg, "train")
-    require_images(open_store(cfg), annotations.images)
-    local = cfg.ranks_emulated // get_world_size()
-    ranks = range(get_rank() * local, (get_rank() + 1) * local)
-    sampler = GlobalBatchSampler(len(annotations.captions), cfg.global_batch_size, cfg.ranks_emulated, ranks, seed)
-    return train_loader(cfg, annotations, sampler, device)
-
-
-def start_run(
-    model: BLIP_Retrieval, optimizer: torch.optim.Optimizer, cfg: RetrievalConfig, args: argparse.Namespace
-) -> RunState:
+def start_run(model: BLIP_Retrieval, optimizer: torch.optim.Optimizer, job: Job) -> RunState:
     """The state to go on from: a run's own (`--resume`), or the beginning, from `pretrained` or random weights."""
-    folder = args.output_dir
-    if not args.resume and (folder / LOG).exists():
-        raise ValueError(
-            f"--output_dir {folder} already holds a run: continue it with --resume auto, or name another folder."
-        )
-    state = resume(args.resume, folder, model, optimizer, asdict(cfg)) if args.resume else None
-    if is_main():
+    cfg, folder, source = job.cfg, job.folder, job.args.resume
+    state = resume(source, folder, model, optimizer, asdict(cfg)) if source else None
+    if state is None and cfg.pretrained:
+        load_pretrained(model, cfg.pretrained, cfg.cache_dir)
+    if is_main():  # the first thing that is written
         folder.mkdir(parents=True, exist_ok=True)
         save_config(cfg, folder / "config.yaml")
         keep_log_until(folder / LOG, state.epoch if state else -1)
-    if state is None and cfg.pretrained:
-        load_pretrained(model, cfg.pretrained, cfg.cache_dir)
     return state or RunState()
 
 
-def build_optimizer(model: BLIP_Retrieval, cfg: RetrievalConfig) -> torch.optim.Optimizer:
-    """AdamW on everything that trains, weight decay included, as BLIP does; `scale` multiplies a group's rate."""
-    rest = [p for p in model.parameters() if p.requires_grad and p is not model.temp]
-    groups = [{"params": rest, "scale": 1.0}, {"params": [model.temp], "scale": cfg.temp_lr_scale}]
-    return torch.optim.AdamW(groups, lr=cfg.init_lr, weight_decay=cfg.weight_decay, fused=True)
-
-
-def set_lr(optimizer: torch.optim.Optimizer, cfg: RetrievalConfig, epoch: int, global_step: int) -> float:
-    lr = cosine_lr(epoch, cfg.max_epoch, cfg.init_lr, cfg.min_lr)
-    if global_step < cfg.warmup_steps:
-        lr *= (global_step + 1) / cfg.warmup_steps
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["scale"]
-    return lr
+def count_kept_graphs(model: BLIP_Retrieval, cfg: RetrievalConfig, optimizer: torch.optim.Optimizer) -> int:
+    """Image graphs a process keeps within a step: the config's number, or as many as its memory has room for."""
+    if isinstance(cfg.keep_graphs, int):
+        return cfg.keep_graphs
+    samples = cfg.global_batch_size // get_world_size()
+    with precision(model, cfg.precision):
+        return auto_keep_graphs(model, cfg.image_size, cfg.batch_size_train, samples, optimizer)
 
 
 def train_one_epoch(
     model: BLIP_Retrieval,
     loader: DataLoader,
     optimizer: torch.optim.Optimizer,
-    cfg: RetrievalConfig,
-    args: argparse.Namespace,
+    job: Job,
     state: RunState,
+    keep_graphs: int,
     stop: StopSignal,
-    device: torch.device,
+    watch: Watch,
 ) -> dict[str, float] | None:
     """Train the steps of `state.epoch` that are left: the epoch's mean losses, or None when a signal stopped it."""
-    epoch, steps = state.epoch, len(loader)
+    cfg, epoch, steps = job.cfg, state.epoch, len(loader)
     loader.batch_sampler.set_epoch(epoch, state.step)
-    meter = LossMeter(f"epoch {epoch}", steps, cfg.global_batch_size, device, state)
+    meter = LossMeter(f"epoch {epoch}", steps, cfg.global_batch_size, model.temp.device, state, watch)
     model.train()
     for step, batch in enumerate(loader, state.step):
-        check_negatives(batch, cfg, epoch, step)
         lr = set_lr(optimizer, cfg, epoch, epoch * steps + step)
         optimizer.zero_grad()
-        report = compute_gradients(model, batch, cfg, args.seed, loader.batch_sampler.local_ranks, epoch, step, steps)
+        ranks = loader.batch_sampler.local_ranks
+        report = compute_gradients(model, batch, cfg, job.args.seed, ranks, keep_graphs, epoch, step, steps)
         average_gradients(model)
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         optimizer.step()
-        meter.update(report, grad_norm, lr, batch.names, stop.received)
+        meter.update(report, grad_norm, model.temp.detach(), lr, batch, stop.received)
         state.step = step + 1
         due = cfg.save_every_steps and state.step % cfg.save_every_steps == 0 and state.step < steps
         if due or meter.stop_requested:
             meter.save(state)
-            save_run(args.output_dir, model, optimizer, asdict(cfg), state, cfg.keep_last)
+            save_run(job.folder, model, optimizer, asdict(cfg), state, cfg.keep_last)
         if meter.stop_requested:
             return None
-    return {f"train_{k}": v for k, v in meter.means().items()} | {"train_lr": lr}
+    return {f"train_{k}": v for k, v in meter.means(cfg.on_bad_image == "skip").items()} | {"train_lr": lr}
 
 
 def compute_gradients(
@@ -279,6 +357,7 @@ def compute_gradients(
     cfg: RetrievalConfig,
     seed: int,
     ranks: range,
+    keep_graphs: int,
     epoch: int,
     step: int,
     steps: int,
@@ -295,39 +374,8 @@ def compute_gradients(
             ramped_alpha(cfg.alpha, epoch, step, steps),
             ranks=len(ranks),
             micro_batch=cfg.batch_size_train,
-            keep_graphs=0 if cfg.keep_graphs == "auto" else cfg.keep_graphs,
+            keep_graphs=keep_graphs,
             generators=[generator(device, seed, epoch, step, 1 + rank) for rank in ranks],
-        )
-
-
-def check_negatives(batch: TrainBatch, cfg: RetrievalConfig, epoch: int, step: int) -> None:
-    """A pool that shows one image only has no negative to draw: a ValueError, before the step is computed."""
-    if cfg.negative_all_rank and get_world_size() > 1:
-        return  # other processes' images are negatives too
-    pools = 1 if cfg.negative_all_rank else cfg.ranks_emulated // get_world_size()
-    for pool in batch.idx.view(pools, -1):
-        if bool((pool == pool[0]).all()):
-            raise ValueError(
-                f"epoch {epoch}, step {step}: all {len(pool)} samples that may be each other's negatives show the same "
-                f"image (id {int(pool[0])}, first file {batch.names[0]}). Use a larger batch, set "
-                "negative_all_rank: true, or give different images different image_id."
-            )
-
-
-def record(folder: Path, stats: dict[str, float], name: str = LOG) -> None:
-    """Append one JSON line to a file of the run folder."""
-    if is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(stats) + "\n")
-
-
-def keep_log_until(path: Path, epoch: int) -> None:
-    """Drop the lines that a resumed run writes again: those of `epoch` and later, and the test line."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        path.write_text(
-            "".join(line for line in lines if json.loads(line).get("epoch", epoch) < epoch), encoding="utf-8"
         )
 
 

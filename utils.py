@@ -1,14 +1,18 @@
 """Processes, logging, schedules and seeds. Every helper is the identity for one process."""
 
+import json
 import logging
 import math
 import os
+import re
 import resource
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 log = logging.getLogger("blip")
+
+PRINT_SECONDS = 10.0  # between lines of progress
 
 # ---- processes ----------------------------------------------------------------------------------------------------
 
@@ -31,6 +37,9 @@ def init_distributed(device: str = "auto") -> torch.device:
         raise ValueError(
             f"--device {device}: this PyTorch sees no CUDA device. Use --device cpu or install a CUDA build."
         )
+    number = int(device.partition(":")[2] or 0) if re.fullmatch(r"cpu|cuda(:\d+)?", device) else -1
+    if not 0 <= number < max(1, torch.cuda.device_count()):
+        raise ValueError(f"--device {device}: there is no such device. Use cpu, cuda, or cuda:N of a GPU that exists.")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
@@ -70,6 +79,23 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     if get_world_size() > 1:
         dist.all_reduce(x)
     return x
+
+
+def gather_names(names: list[str]) -> list[str]:
+    """The lists of all processes, in rank order."""
+    if get_world_size() == 1:
+        return names
+    parts: list[list[str]] = [[] for _ in range(get_world_size())]
+    dist.all_gather_object(parts, names)
+    return [name for part in parts for name in part]
+
+
+def from_main(value: list[str]) -> list[str]:
+    """Rank 0's list on every process."""
+    box = [value]
+    if get_world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def broadcast_model(model: nn.Module) -> None:
@@ -119,7 +145,7 @@ def format_seconds(seconds: float) -> str:
 class Progress:
     """Logs how far a long loop is, its rate and its ETA, at most every `every` seconds; silent when it is quick."""
 
-    def __init__(self, what: str, total: int, unit: str, every: float = 10.0):
+    def __init__(self, what: str, total: int, unit: str, every: float = PRINT_SECONDS):
         self.what, self.total, self.unit, self.every = what, total, unit, every
         self.done, self.start = 0, time.monotonic()
         self.last = self.start
@@ -142,87 +168,35 @@ def memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
-class NotFinite(ValueError):
-    """A loss or gradient is infinite or not a number."""
+# ---- run folder ---------------------------------------------------------------------------------------------------
 
 
-class LossMeter:
-    """Losses of an epoch: running means, a line every few seconds, and a stop where a number is not finite.
+def record(path: Path, stats: dict[str, float]) -> None:
+    """Append one JSON line to a file of the run folder."""
+    if is_main():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(stats) + "\n")
 
-    The numbers of a step stay on the device; they are read one step later, when they have long arrived, so that the
-    GPU never waits. `state.meters` carries the means over an interruption.
-    """
 
-    def __init__(self, name: str, steps: int, samples_per_step: int, device: torch.device, state, every: float = 10.0):
-        self.name, self.steps, self.samples, self.device, self.every = name, steps, samples_per_step, device, every
-        self.first = self.done = state.step
-        self.sums = torch.tensor(state.meters.get("sums", [0.0, 0.0]), dtype=torch.float64, device=device)
-        self.stop_requested = False
-        self._pending: tuple | None = None
-        self.start = self.last = time.monotonic()
-
-    def update(self, report, grad_norm: Tensor, lr: float, names: list[str], stop: bool) -> None:
-        """Take a step's StepReport (this process's share), its gradient norm, its images, and a wish to stop."""
-        flags = torch.stack([report.starved, torch.tensor(stop, device=self.device)]).double()
-        shared = all_reduce_sum(torch.cat([report.loss_sums.double().flatten(), flags]))
-        losses = shared[:-2].view(-1, 2).mean(0)
-        self.sums += losses
-        self.done += 1
-        values = torch.cat([losses, grad_norm.double()[None], shared[-2:]])  # (5,)
-        if self.device.type == "cuda":
-            self.flush()
-            host = torch.empty(5, dtype=torch.float64, pin_memory=True).copy_(values, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-            self._pending = self.done, lr, names, host, arrived
-        else:
-            self._pending = self.done, lr, names, values, None
-            self.flush()
-
-    def flush(self) -> None:
-        """Judge the last step and, when it is time, print it."""
-        if self._pending is None:
-            return
-        step, lr, names, values, arrived = self._pending
-        self._pending = None
-        if arrived is not None:
-            arrived.synchronize()
-        loss_ita, loss_itm, grad_norm, starved, stop = values.tolist()
-        where = f"{self.name}, step {step - 1}"
-        if not all(map(math.isfinite, (loss_ita, loss_itm, grad_norm))):
-            raise NotFinite(
-                f"{where}: loss_ita {loss_ita}, loss_itm {loss_itm}, gradient norm {grad_norm} are not all finite. "
-                f"Lower init_lr, or use precision fp32. Images of this step: {', '.join(names)}."
-            )
-        if starved:
-            raise ValueError(
-                f"{where}: a sample had no negative, as all images it could draw show the same one. Use a larger batch "
-                "or give different images different image_id."
-            )
-        self.stop_requested = stop > 0
-        self._print(step, loss_ita, loss_itm, grad_norm, lr)
-
-    def _print(self, step: int, loss_ita: float, loss_itm: float, grad_norm: float, lr: float) -> None:
-        now = time.monotonic()
-        if now - self.last < self.every and step not in (self.first + 1, self.steps):
-            return
-        self.last = now
-        rate = (step - self.first) / (now - self.start)
-        log.info(
-            "%s [%d/%d] eta %s  loss_ita %.4f  loss_itm %.4f  grad_norm %.2f  lr %.2e  %.1f images/s  %.0f MB",
-            *(self.name, step, self.steps, format_seconds((self.steps - step) / rate)),
-            *(loss_ita, loss_itm, grad_norm, lr, rate * self.samples, memory_mb(self.device)),
+def keep_log_until(path: Path, epoch: int) -> None:
+    """Drop the lines that a resumed run writes again: those of `epoch` and later, and the test line."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text(
+            "".join(line for line in lines if json.loads(line).get("epoch", epoch) < epoch), encoding="utf-8"
         )
 
-    def save(self, state) -> None:
-        self.flush()
-        state.meters = {"sums": self.sums.tolist()}
 
-    def means(self) -> dict[str, float]:
-        """Mean loss_ita and loss_itm of the epoch."""
-        self.flush()
-        ita, itm = (self.sums / self.done).tolist()
-        return {"loss_ita": ita, "loss_itm": itm}
+def name_images(names: list[str], path: Path, limit: int = 10) -> str:
+    """A sentence with the first images of a step; where there are more, `path` gets them all, one a line."""
+    if not names:
+        return ""
+    if len(names) <= limit:
+        return f" Images of this step: {', '.join(names)}."
+    if is_main():
+        path.write_text("\n".join(names) + "\n", encoding="utf-8")
+    return f" Images of this step: {', '.join(names[:limit])} and {len(names) - limit} more, all in {path}."
 
 
 class StopSignal:
@@ -245,6 +219,22 @@ class StopSignal:
 def cosine_lr(epoch: int, max_epoch: int, init_lr: float, min_lr: float) -> float:
     """BLIP's schedule: one value per epoch, from init_lr at epoch 0 towards min_lr."""
     return (init_lr - min_lr) * 0.5 * (1 + math.cos(math.pi * epoch / max_epoch)) + min_lr
+
+
+def build_optimizer(model: nn.Module, cfg: Any) -> torch.optim.Optimizer:
+    """AdamW on everything that trains, weight decay included, as BLIP does; `scale` multiplies a group's rate."""
+    rest = [p for p in model.parameters() if p.requires_grad and p is not model.temp]
+    groups = [{"params": rest, "scale": 1.0}, {"params": [model.temp], "scale": cfg.temp_lr_scale}]
+    return torch.optim.AdamW(groups, lr=cfg.init_lr, weight_decay=cfg.weight_decay, fused=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, cfg: Any, epoch: int, global_step: int) -> float:
+    lr = cosine_lr(epoch, cfg.max_epoch, cfg.init_lr, cfg.min_lr)
+    if global_step < cfg.warmup_steps:
+        lr *= (global_step + 1) / cfg.warmup_steps
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["scale"]
+    return lr
 
 
 def ramped_alpha(alpha: float, epoch: int, step: int, steps_per_epoch: int) -> float:

@@ -5,25 +5,22 @@ Sources: BLIP's Karpathy files of COCO and Flickr30k (Li et al., ICML 2022), tra
 equal. N images, M captions.
 """
 
-import csv
 import http.client
-import io
-import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.request import urlopen
 
 import numpy as np
 
 from data.images import find_path
+from data.rows import Row, read_rows
 from data.scenes import ensure_scenes, one_process_at_a_time
-from transform.text import clean_caption
+from transform.text import MAX_WORDS, clean_caption
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +46,7 @@ class Annotations:
     image_ids: np.ndarray  # (N,) int64, numbered in order of first appearance, as BLIP does
     captions: list[str]  # cleaned, in the order of the file, M
     caption_image: np.ndarray  # (M,) int64, index into images
+    cut: int = 0  # captions that lost the words after the first MAX_WORDS
 
     @property
     def caption_ids(self) -> np.ndarray:
@@ -79,12 +77,19 @@ def load_annotations(cfg: Any, split: str, seed: int = SPLIT_SEED) -> Annotation
     return build_annotations(name, file, read_rows(file))
 
 
-def build_annotations(name: str, file: Path, rows: list["Row"]) -> Annotations:
+def available_splits(cfg: Any) -> list[str]:
+    """The splits that the config has annotations for: all, but for custom files without a train_file."""
+    if cfg.dataset != "custom" or cfg.train_file:
+        return list(SPLITS)
+    return [split for split in SPLITS if getattr(cfg, f"{split}_file")]
+
+
+def build_annotations(name: str, file: Path, rows: list[Row]) -> Annotations:
     """Rows to a table: rows of one image path become one image, rows of one image_id share their id."""
     images: dict[str, int] = {}
     first_row: list[Row] = []
     numbers: dict[tuple, int] = {}
-    image_ids, captions, caption_image = [], [], []
+    image_ids, captions, caption_image, cut = [], [], [], 0
     for row in rows:
         index = images.setdefault(row.image, len(images))
         if index == len(first_row):
@@ -102,132 +107,11 @@ def build_annotations(name: str, file: Path, rows: list["Row"]) -> Annotations:
                     f"{file}, row {row.number}: the caption {caption[:80]!r} (key 'caption') is empty after cleaning: "
                     "give it words or remove it"
                 )
+            cut += cleaned.count(" ") == MAX_WORDS - 1 and cleaned != clean_caption(caption, MAX_WORDS + 1)
             captions.append(cleaned)
             caption_image.append(index)
     ids, indices = np.array(image_ids, np.int64), np.array(caption_image, np.int64)
-    return Annotations(name, file, list(images), ids, captions, indices)
-
-
-# ---------------------------------------------------------------- files to rows
-
-
-class Row(NamedTuple):
-    """One checked row: `number` counts from 1 (the line in JSON Lines; a CSV header does not count)."""
-
-    number: int
-    image: str
-    captions: list[str]
-    image_id: str | None
-
-    @property
-    def group(self) -> tuple[str | None, str]:
-        """What makes images one: the image_id or, without one, the path."""
-        return (None, self.image) if self.image_id is None else ("id", self.image_id)
-
-
-def read_rows(file: Path) -> list[Row]:
-    """The rows of a JSON list, JSON Lines or CSV file, checked; ValueError names file, row and key."""
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ValueError(
-            f"annotation file {file} cannot be read ({error.strerror}): set ann_root, or the file's key, in the config "
-            "(relative paths are looked up from the working directory, then from the repository)"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from None
-    rows = [_check_row(file, number, row) for number, row in _parse(file, text)]
-    if not rows:
-        raise ValueError(f"{file} has no rows: it needs at least one, with the keys image and caption")
-    return rows
-
-
-def _parse(file: Path, text: str) -> Iterator[tuple[int, Any]]:
-    """Numbered rows, unchecked, of whichever of the three formats the text is in."""
-    start, header = text.lstrip()[:1], text.lstrip().partition("\n")[0]
-    if file.suffix.lower() == ".csv" or (start not in "[{<" and {"image", "caption"} <= set(header.strip().split(","))):
-        yield from _parse_csv(file, text)
-    elif start == "<":
-        raise ValueError(f"{file} is an HTML page, not annotations: a download got a web page instead; fetch it again")
-    elif start == "[":
-        yield from enumerate(_json(file, text, ""), 1)
-    elif start == "{":
-        lines = text.split("\n") if header.rstrip().endswith("}") else [text]
-        numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-        for number, line in numbered:
-            row = _json(file, line, f", row {number}" if len(numbered) > 1 else "")
-            if len(numbered) == 1 and "image" not in row:
-                keys = ", ".join(list(row)[:5]) or "empty"
-                raise ValueError(f"{file} is one object ({keys}), not a list of rows with the keys image and caption")
-            yield number, row
-    elif start:
-        raise ValueError(f"{file} is neither a JSON list, nor JSON Lines, nor CSV with the columns image and caption")
-
-
-def _json(file: Path, text: str, row: str) -> Any:
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError(f"{file}{row} is nested too deeply to be annotations") from None
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}" if not row else f"column {error.colno}"
-        cut = error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated")
-        advice = "it ends too early, so fetch or write it again" if cut else "correct it there"
-        raise ValueError(f"{file}{row} is not valid JSON ({error.msg} at {where}): {advice}") from None
-
-
-def _parse_csv(file: Path, text: str) -> Iterator[tuple[int, dict]]:
-    reader, number = csv.DictReader(io.StringIO(text, newline=""), strict=True), 0
-    lacking = [key for key in ("image", "caption") if key not in (reader.fieldnames or ())]
-    if lacking and text.strip():
-        raise ValueError(f"{file} has no column {lacking[0]!r}: its first line must name the columns image and caption")
-    try:
-        for number, row in enumerate(reader, 1):
-            if None in row or None in row.values():
-                raise ValueError(
-                    f"{file}, row {number} has {'more' if None in row else 'fewer'} cells than the header names: "
-                    "put a caption with commas into double quotes"
-                )
-            yield number, {key: value for key, value in row.items() if key != "image_id" or value}
-    except csv.Error as error:
-        raise ValueError(f"{file}, row {number + 1} is not valid CSV ({error})") from None
-
-
-def _check_row(file: Path, number: int, row: Any) -> Row:
-    """A row whose keys and types are right, with a path that stays under image_root."""
-
-    def wrong(what: str) -> ValueError:
-        return ValueError(f"{file}, row {number} {what}")
-
-    if not isinstance(row, dict):
-        raise wrong(f"is {_kind(row)}, not an object with the keys image and caption")
-    for key in ("image", "caption"):
-        if key not in row:
-            raise wrong(f"has no key {key!r}, only {', '.join(map(str, row)) or 'nothing'}")
-    image, captions, image_id = row["image"], row["caption"], row.get("image_id")
-    if not isinstance(image, str) or not image.strip():
-        raise wrong(f"needs under 'image' a path relative to image_root, not {_kind(image)}")
-    if image[0] in "/\\~" or image[1:2] == ":" or ".." in image.replace("\\", "/").split("/") or "\0" in image:
-        raise wrong(f"needs under 'image' a path inside image_root, not absolute and without '..', not {image[:80]!r}")
-    if isinstance(captions, str):
-        captions = [captions]
-    if not isinstance(captions, list) or not captions or not all(isinstance(caption, str) for caption in captions):
-        raise wrong(f"needs under 'caption' a text or a list of texts, not {_kind(row['caption'])}")
-    if image_id is not None and (isinstance(image_id, bool) or not isinstance(image_id, int | str)):
-        raise wrong(f"needs under 'image_id' a text or a whole number, not {_kind(image_id)}")
-    return Row(number, image, captions, None if image_id is None else str(image_id))
-
-
-def _kind(value: Any) -> str:
-    """What a JSON value is, in words."""
-    if isinstance(value, list):
-        strange = [item for item in value if not isinstance(item, str)]
-        return f"a list with {_kind(strange[0])} in it" if strange else "an empty list" if not value else "a list"
-    if isinstance(value, str):
-        return f"the text {value[:40]!r}"
-    if isinstance(value, dict):
-        return "an object"
-    return f"the value {json.dumps(value)}"
+    return Annotations(name, file, list(images), ids, captions, indices, cut)
 
 
 # ---------------------------------------------------------------- custom data sets
@@ -239,16 +123,22 @@ def _custom_rows(cfg: Any, split: str, seed: int) -> tuple[Path, list[Row]]:
     absent = [which for which in ("test", "val") if not names[which]]
     source = split if names[split] else "train"
     if not names[source]:
-        raise ValueError(f"dataset is custom, but there is neither a {split}_file nor a train_file to split: set one")
+        either = "no train_file" if split == "train" else f"neither a {split}_file nor a train_file to split"
+        raise ValueError(f"dataset is custom, but there is {either}: set one in the config")
     file = find_path(find_path(cfg.ann_root) / names[source])
     rows = read_rows(file)
     if source != "train" or not absent:
         return file, rows
-    return file, split_rows(file, rows, absent, seed)[split]
+    parts = split_rows(file, rows, absent, seed)
+    if split == absent[0]:  # said once, though each split is loaded by itself
+        cut = ", ".join(f"{len({row.group for row in part})} {which}" for which, part in parts.items())
+        lacking = " and ".join(absent)
+        logger.info("%s: split by image with seed %d, for want of a file for %s: %s", file, seed, lacking, cut)
+    return file, parts[split]
 
 
 def split_rows(file: Path, rows: list[Row], absent: list[str], seed: int) -> dict[str, list[Row]]:
-    """Rows of `train` and of each split in `absent`, cut by image id, so that no image is in two."""
+    """Rows of `train` and of each split in `absent`, cut by image id at random, so that no image is in two."""
     groups = list(dict.fromkeys(row.group for row in rows))
     size = min(SPLIT_MOST, max(SPLIT_LEAST, round(SPLIT_SHARE * len(groups))))
     if len(groups) < (len(absent) + 1) * SPLIT_LEAST:
@@ -264,8 +154,6 @@ def split_rows(file: Path, rows: list[Row], absent: list[str], seed: int) -> dic
     parts: dict[str, list[Row]] = {"train": [], **{which: [] for which in absent}}
     for row in rows:
         parts[place[row.group]].append(row)
-    cut = ", ".join(f"{len({row.group for row in part})} {which}" for which, part in parts.items())
-    logger.info("%s: split by image with seed %d, for want of a file for %s: %s", file, seed, " and ".join(absent), cut)
     return parts
 
 

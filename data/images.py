@@ -3,8 +3,10 @@
 Where that line gives nonsense or a crash (16-bit greyscale, bombs, truncated files), see `to_rgb`, `ImageStore.load`.
 """
 
+import hashlib
 import io
 import os
+import warnings
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -12,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from data.scenes import ARCHIVE
 
+MAX_BYTES = 1 << 30  # of one image file: a .zip of kilobytes can hold a member that unpacks to all of the memory
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # ImageStore.load refuses such pictures
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -78,6 +82,11 @@ class ImageStore:
                 return to_rgb(image)
         except (KeyError, FileNotFoundError):
             raise ValueError(f"image {name} is missing from image_root {self.root}") from None
+        except UnidentifiedImageError:
+            raise ValueError(
+                f"image {name} in {self.root} cannot be read (no image, or of an unknown format): replace the file, or "
+                "remove its rows from the annotations"
+            ) from None
         except Image.DecompressionBombError as error:
             raise ValueError(
                 f"image {name} in {self.root} is too large to be decoded safely ({error}): scale it down"
@@ -90,7 +99,23 @@ class ImageStore:
             ) from error
 
     def _open(self, name: str) -> io.BytesIO | Path:
-        return io.BytesIO(self.archive.read(name)) if self.is_zip else self.root / name
+        if not self.is_zip:
+            return self.root / name
+        size = self.archive.getinfo(name).file_size
+        if size > MAX_BYTES:
+            raise Image.DecompressionBombError(f"it unpacks to {size} bytes, {MAX_BYTES} at most")
+        return io.BytesIO(self.archive.read(name))
+
+    def fingerprint(self, name: str) -> str:
+        """Equal for files with equal bytes, whatever their names; '' for a file that cannot be opened."""
+        try:
+            if self.is_zip:
+                info = self.archive.getinfo(name)
+                return f"{info.CRC:08x}{info.file_size}"
+            with open(self.root / name, "rb") as file:
+                return hashlib.file_digest(file, "sha1").hexdigest()
+        except (OSError, KeyError):
+            return ""
 
     def missing(self, names: Iterable[str]) -> list[str]:
         """Those of `names` that are not there, in their order; a folder is listed once, not asked file by file."""

@@ -89,6 +89,13 @@ def _common(workers: int, device: torch.device) -> dict[str, Any]:
     }
 
 
+def recipe_sampler(cfg: Any, num_samples: int, seed: int, processes: int = 1, process: int = 0) -> GlobalBatchSampler:
+    """The batches of `process`: of the ranks that a resolved config emulates, it plays as many as every other."""
+    local = cfg.ranks_emulated // processes
+    ranks = range(process * local, (process + 1) * local)
+    return GlobalBatchSampler(num_samples, cfg.global_batch_size, cfg.ranks_emulated, ranks, seed)
+
+
 def train_loader(cfg: Any, annotations: Annotations, sampler: GlobalBatchSampler, device: torch.device) -> DataLoader:
     """`TrainBatch` after `TrainBatch` in the sampler's order, one for each optimizer step."""
     transform = train_transform(cfg.image_size) if cfg.augment else eval_transform(cfg.image_size)

@@ -57,6 +57,35 @@ def chance_metrics(image_ids: np.ndarray, text_ids: np.ndarray) -> dict[str, flo
     return {**txt, **img, "r_mean": (txt["txt_r_mean"] + img["img_r_mean"]) / 2}
 
 
+def recall_table(name: str, rows: dict[str, dict[str, float]]) -> list[str]:
+    """Lines with Recall@K in percent, one for each way to rank."""
+    ks = "".join(f"{f'R@{k}':>8}" for k in KS)
+    lines = [f"{name:18} {'image -> text':>24}  {'text -> image':>24}", f"{'Recall, %':18} {ks}  {ks}  {'mean':>8}"]
+    for row, metrics in rows.items():
+        txt, img = ("".join(f"{metrics[f'{way}_r{k}']:8.2f}" for k in KS) for way in ("txt", "img"))
+        lines.append(f"{row:18} {txt}  {img}  {metrics['r_mean']:8.2f}")
+    return lines
+
+
+def within_noise(metrics: dict[str, float], num_images: int, num_texts: int, sigmas: float = 2.0) -> bool:
+    """Whether R@1 and R@10 of both directions are what a random order gives, of `{key}` and `chance_{key}` in percent.
+
+    Binomial: a random order's Recall over Q queries has the deviation sqrt(p (1 - p) / Q). Galleries so small that
+    chance is 100 % say nothing, and are not counted.
+    """
+    told = False
+    for way, queries in (("txt", num_images), ("img", num_texts)):
+        for key in (f"{way}_r1", f"{way}_r10"):
+            got, chance = metrics[key] / 100, metrics[f"chance_{key}"] / 100
+            deviation = (max(chance * (1 - chance), 0.0) / queries) ** 0.5
+            if deviation < 1e-6:
+                continue
+            if abs(got - chance) >= sigmas * deviation:
+                return False
+            told = True
+    return told
+
+
 def _chance(query_ids: np.ndarray, gallery_ids: np.ndarray, prefix: str) -> dict[str, float]:
     ids, counts = np.unique(gallery_ids, return_counts=True)
     place = np.searchsorted(ids, query_ids).clip(max=len(ids) - 1)

@@ -27,6 +27,7 @@ class TrainBatch(NamedTuple):
     text: TokenizedText  # (b, L)
     idx: Tensor  # (b,) int64, equal for samples that are right answers to each other
     names: list[str]  # image paths, to name the culprits when a loss is not finite
+    skipped: int = 0  # samples that stand in for one with an unreadable image (`on_bad_image: skip`)
 
 
 class TrainSample(NamedTuple):
@@ -36,6 +37,7 @@ class TrainSample(NamedTuple):
     caption: str
     idx: int
     name: str
+    skipped: bool = False
 
 
 class RetrievalTrain(Dataset):
@@ -56,6 +58,7 @@ class RetrievalTrain(Dataset):
         self.annotations, self.store, self.transform = annotations, store, transform
         self.seed, self.skip_bad_images = seed, skip_bad_images
         self.caption_ids = annotations.caption_ids
+        self.told: set[str] = set()  # unreadable images that this process has named in the log
 
     def __len__(self) -> int:
         return len(self.annotations.captions)
@@ -70,10 +73,13 @@ class RetrievalTrain(Dataset):
             except ValueError as error:
                 if not self.skip_bad_images:
                     raise
-                logger.warning("skipped: %s", error)
+                if name not in self.told:
+                    self.told.add(name)
+                    logger.warning("skipped: %s", error)
                 continue
             image = transform_seeded(self.transform, picture, (self.seed, epoch, index))
-            return TrainSample(image, self.annotations.captions[taken], int(self.caption_ids[taken]), name)
+            caption, idx = self.annotations.captions[taken], int(self.caption_ids[taken])
+            return TrainSample(image, caption, idx, name, skipped=taken != index)
         raise ValueError(f"none of the images of {self.annotations.name} can be read: see the warnings above")
 
 
@@ -90,8 +96,8 @@ def transform_seeded(transform: Callable[[Image.Image], Tensor], picture: Image.
 
 def collate_train(samples: list[TrainSample]) -> TrainBatch:
     """Stack pictures, tokenise captions to the longest of the batch."""
-    images, captions, ids, names = zip(*samples, strict=True)
-    return TrainBatch(torch.stack(images), tokenize(captions), torch.tensor(ids), list(names))
+    images, captions, ids, names, skipped = zip(*samples, strict=True)
+    return TrainBatch(torch.stack(images), tokenize(captions), torch.tensor(ids), list(names), sum(skipped))
 
 
 class EvalImages(Dataset):

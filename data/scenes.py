@@ -1,7 +1,8 @@
 """The embedded default data set `scenes`: two objects in a spatial relation, drawn from a seed, and their captions.
 
-Who is where decides what a caption means, and half of the images come in pairs that differ only in that (places,
-colours, shapes, sizes or direction exchanged), so image-text matching has something to add to a bag of words.
+Who is where decides what a caption means, and images come in families of the same words that differ only in that
+(places, colours, shapes, sizes or direction exchanged; half of a gallery, all of the training images), so image-text
+matching can add to a bag of words.
 `python -m data.scenes --out DIR [--seed 0]` draws it; `load_annotations` does so on first use. It writes
 `images.zip` (PNG, stored: read as fast as 7,000 files, and kinder to a shared file system), `train.json`, `val.json`,
 `test.json` (layout of the Karpathy splits) and `stamp.json` (what was drawn, so that a change redraws).
@@ -11,6 +12,7 @@ import argparse
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -32,11 +34,12 @@ except ImportError:  # Windows has no flock: two processes may then both draw, a
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # raise it when the drawing changes: folders drawn by an older version are drawn again
+VERSION = 2  # raise it when the drawing changes: folders drawn by an older version are drawn again
 SIDE = 64  # pixels
 OVERSAMPLE = 4  # shapes are drawn this many times larger and averaged down, which smooths their edges
 TRAIN_IMAGES, VAL_IMAGES, TEST_IMAGES = 6000, 200, 500
-HARD_FRACTION = 0.5  # share of the images that come in confusable pairs
+FAMILY = {"train": 16, "val": 2, "test": 2}  # images of the same words in other arrangements; 16 is all of them
+HARD_FRACTION = {"train": 1.0, "val": 0.5, "test": 0.5}  # share of the images that come in families
 ARCHIVE, STAMP = "images.zip", "stamp.json"
 
 COLOURS = {
@@ -80,25 +83,27 @@ def random_scene(rng: np.random.Generator) -> Scene:
             return Scene(str(rng.choice(list(AXES))), first, second)
 
 
-def confusable(scene: Scene) -> list[Scene]:
-    """The scenes of the same words in another arrangement, or with the other direction."""
-    axis, a, b = scene
-    other_axis = "vertical" if axis == "horizontal" else "horizontal"
-    twins = [Scene(axis, b, a), Scene(other_axis, a, b)]
-    twins += [Scene(axis, a._replace(**{f: getattr(b, f)}), b._replace(**{f: getattr(a, f)})) for f in Thing._fields]
-    return [twin for twin in dict.fromkeys(twins) if twin != scene]
+def arrangements(scene: Scene) -> list[Scene]:
+    """The other scenes of the same sizes, colours and shapes: attributes exchanged, places exchanged, other axis."""
+    _, a, b = scene
+    things = []
+    for swap_size, swap_colour in itertools.product((False, True), repeat=2):
+        size, colour = (a.size, b.size)[:: -1 if swap_size else 1], (a.colour, b.colour)[:: -1 if swap_colour else 1]
+        things.append(tuple(Thing(*words) for words in zip(size, colour, (a.shape, b.shape), strict=True)))
+    scenes = [Scene(axis, *pair[::order]) for pair in things for order in (1, -1) for axis in AXES]
+    return [other for other in dict.fromkeys(scenes) if other != scene]
 
 
-def choose_scenes(count: int, used: set[Scene], rng: np.random.Generator) -> list[Scene]:
-    """`count` scenes not in `used` (which grows by them), `HARD_FRACTION` of them as pairs of confusable ones."""
+def choose_scenes(split: str, count: int, used: set[Scene], rng: np.random.Generator) -> list[Scene]:
+    """`count` scenes not in `used` (which grows by them), `HARD_FRACTION` of them in families of the same words."""
     chosen: list[Scene] = []
-    hard = int(count * HARD_FRACTION) // 2 * 2
+    hard = int(count * HARD_FRACTION[split])
     while len(chosen) < count:
         scene = random_scene(rng)
         group = [scene]
         if len(chosen) < hard:
-            twins = confusable(scene)
-            group.append(twins[rng.integers(len(twins))])
+            others = arrangements(scene)
+            group += [others[i] for i in rng.permutation(len(others))[: min(FAMILY[split], hard - len(chosen)) - 1]]
         if used.isdisjoint(group):
             used.update(group)
             chosen += group
@@ -209,7 +214,8 @@ def draw_scene(scene: Scene, rng: np.random.Generator, side: int = SIDE) -> Imag
 def stamp_of(seed: int) -> dict:
     """Everything that decides what is drawn, as it reads back from JSON."""
     counts = {"train": TRAIN_IMAGES, "val": VAL_IMAGES, "test": TEST_IMAGES}
-    return {"version": VERSION, "seed": seed, "side": SIDE, "images": counts, "hard_fraction": HARD_FRACTION}
+    kind = {"version": VERSION, "hard_fraction": HARD_FRACTION, "family": FAMILY}
+    return {**kind, "seed": seed, "side": SIDE, "images": counts}
 
 
 def ensure_scenes(root: Path, seed: int = 0) -> Path:
@@ -248,7 +254,8 @@ def _write(folder: Path, seed: int) -> None:
     logger.info("drawing the data set `scenes`: %d pictures of %d x %d pixels", total, SIDE, SIDE)
     with zipfile.ZipFile(folder / ARCHIVE, "w", zipfile.ZIP_STORED) as archive:
         for number, split in enumerate(("test", "val", "train")):  # test first: it stays when TRAIN_IMAGES changes
-            scenes, rows = choose_scenes(stamp["images"][split], used, np.random.default_rng([seed, number])), []
+            rng, rows = np.random.default_rng([seed, number]), []
+            scenes = choose_scenes(split, stamp["images"][split], used, rng)
             for i, scene in enumerate(scenes):
                 rng = np.random.default_rng([seed, number, i])
                 name, captions, png = f"{split}/{i:05d}.png", captions_of(scene, rng), io.BytesIO()

@@ -3,39 +3,43 @@
 The protocol is BLIP's (`evaluation` in its train_retrieval.py): score = matching logit + cosine, for the k_test best
 cosines of each query. The order of work is not: pairs of both directions are united and grouped by image, so that an
 image's keys and values are computed once; texts are packed by exact length, so that nothing is padded; the last layer
-computes [ENC] alone; what layer 0 does before it sees the image is done once per text. All of it is exact.
+computes [ENC] alone; what layer 0 does before it sees the image is done once per text; captions of the same tokens are
+one text. All of it is exact. (`packed.py` scores the pairs.)
+
+Under bf16 the encoders still compute in float32, which costs a thirtieth of the pairs' arithmetic and keeps float32's
+shortlists; pairs are scored in bfloat16, and again in float32 where Recall@K could depend on it (`adjudicate.py`).
 
 Blocks of `batch_size` images are dealt to the processes and passes never cross a block, so results do not depend on the
-number of processes.
+number of processes. Memory: image tokens, on the GPU or in pinned host memory; all texts' states after layer 0; one
+pass; and on the host about 100 bytes for each pair.
 
-Shapes: N images, M texts, k shortlist, n image tokens, V image width, D text width, E embedding width, H heads,
-T tokens and P pairs of one pass, m images of one pass.
+Shapes: N images, M captions, U distinct texts, P pairs, k shortlist, n image tokens, V image width, D text width,
+E embedding width, b images of a block.
 """
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from models.adjudicate import Queries, adjudicate
 from models.blip_retrieval import BLIP_Retrieval, as_match_input
-from models.med import PaddedTexts, merge_heads, split_heads
+from models.med import PaddedTexts
+from models.packed import EncodedImages, EncodedTexts, on_device, ranges, score_pairs
 from transform.text import TokenizedText, tokenize
 from utils import Progress, all_reduce_sum, get_rank, get_world_size
 
-log = logging.getLogger(__name__)
-SIMILARITY_CHUNK = 1 << 24  # cosines held at once while shortlisting
+SIMILARITY_CHUNK = 1 << 23  # cosines held at once while shortlisting
 
 
 @dataclass(frozen=True)
 class Shortlists:
     """Both directions' best candidates and their values: i2t (N, k), t2i (M, k)."""
 
-    i2t: np.ndarray  # text indices
+    i2t: np.ndarray  # caption indices
     i2t_value: np.ndarray
     t2i: np.ndarray  # image indices
     t2i_value: np.ndarray
@@ -59,17 +63,56 @@ def rerank(
     k_test: int,
     batch_size: int,
     tokens_per_pass: int = 32768,
+    image_ids: np.ndarray | None = None,
+    text_ids: np.ndarray | None = None,
 ) -> Ranking:
     """Rank a gallery. `image_batches` yields this process's blocks, those of `own_blocks`, in order.
 
     k_test beyond the gallery is clamped. `tokens_per_pass` bounds the memory of scoring whatever the gallery's size.
+    A caption is right for an image iff their ids are equal; the ids (N,) and (M,) are used under bf16 alone, to find
+    the pairs that Recall depends on. Without them bf16 scores stay as they are.
     """
-    texts = encode_texts(model, tokenize(captions), tokens_per_pass)
-    images = encode_images(model, image_batches, num_images, batch_size)
-    itc = shortlist(images.feat, texts.feat, k_test)
-    codes = needed_pairs(itc)
-    scores = score_pairs(model, images, texts, codes, tokens_per_pass)
-    return Ranking(itc, add_scores(itc, codes, scores), len(codes))
+    with _in_float32(model):
+        texts = encode_texts(model, tokenize(captions), tokens_per_pass)
+        images = encode_images(model, image_batches, num_images, batch_size)
+    ids = None if image_ids is None or text_ids is None else (image_ids, text_ids)
+    return rank_encoded(model, images, texts, k_test, tokens_per_pass, ids)
+
+
+def rank_encoded(
+    model: BLIP_Retrieval,
+    images: EncodedImages,
+    texts: EncodedTexts,
+    k_test: int,
+    tokens_per_pass: int,
+    ids: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Ranking:
+    """Shortlists, the pairs they need, and their scores; `ids` as in `rerank`."""
+    itc = shortlist(images.feat, texts.feat, texts.distinct, k_test)
+    pairs = needed_pairs(itc, texts.distinct)
+    scores = score_pairs(model, images, texts, pairs.image, pairs.text, tokens_per_pass)
+    if model.autocast_dtype is not None and ids is not None:
+        image_ids, text_ids = ids
+        i2t = Queries(pairs.i2t, itc.i2t_value, text_ids[itc.i2t] == image_ids[:, None])
+        t2i = Queries(pairs.t2i, itc.t2i_value, image_ids[itc.t2i] == text_ids[:, None])
+
+        def rescore(some: np.ndarray) -> np.ndarray:
+            with _in_float32(model):
+                return score_pairs(model, images, texts, pairs.image[some], pairs.text[some], tokens_per_pass)
+
+        scores = adjudicate(scores, [i2t, t2i], rescore)
+    itm = Shortlists(itc.i2t, scores[pairs.i2t] + itc.i2t_value, itc.t2i, scores[pairs.t2i] + itc.t2i_value)
+    return Ranking(itc, itm, len(scores))
+
+
+@contextmanager
+def _in_float32(model: BLIP_Retrieval) -> Iterator[None]:
+    """No bf16 in here; fp32 and tf32 stay what they are."""
+    before, model.autocast_dtype = model.autocast_dtype, None
+    try:
+        yield
+    finally:
+        model.autocast_dtype = before
 
 
 def own_blocks(num_images: int, batch_size: int) -> list[range]:
@@ -81,213 +124,104 @@ def own_blocks(num_images: int, batch_size: int) -> list[range]:
 # ---- encoding -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class EncodedTexts:
-    """All texts: features (M, E), and every token's state after layer 0's text part, text after text."""
-
-    feat: Tensor
-    lengths: np.ndarray  # (M,)
-    start: np.ndarray  # (M,) row of a text's first token in `states`
-    states: Tensor  # (sum of lengths, D)
-
-
-@dataclass(frozen=True)
-class EncodedImages:
-    """Features of all images (N, E), tokens (b, n, V) of this process's blocks."""
-
-    feat: Tensor
-    blocks: list[range]
-    tokens: list[Tensor]
-
-
-def encode_texts(model: BLIP_Retrieval, texts: TokenizedText, tokens_per_pass: int) -> EncodedTexts:
+def encode_texts(model: BLIP_Retrieval, captions: TokenizedText, tokens_per_pass: int) -> EncodedTexts:
     """Every process encodes all texts: 0.3 % of a COCO evaluation. Texts of one length go together, unpadded."""
     device, encoder = model.temp.device, model.text_encoder
-    lengths = texts.attention_mask.sum(1).numpy()
-    start = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    _, first, distinct = np.unique(captions.input_ids.numpy(), axis=0, return_index=True, return_inverse=True)
+    ids = captions.input_ids[torch.from_numpy(first)]
+    lengths = captions.attention_mask.sum(1).numpy()[first]
+    start = np.cumsum(lengths) - lengths
     feat = torch.empty(len(lengths), model.text_proj.out_features, dtype=model.temp.dtype, device=device)
-    states = None
+    states = torch.empty(int(lengths.sum()), encoder.config.hidden_size, dtype=model.temp.dtype, device=device)
     for length in np.unique(lengths):
         members = np.flatnonzero(lengths == length)
         for part in np.array_split(members, -(-len(members) * length // tokens_per_pass)):
-            text = TokenizedText(*(x[part, :length].to(device) for x in texts))
+            input_ids = ids[torch.from_numpy(part), :length].to(device)  # (P, length)
+            text = TokenizedText(input_ids, torch.ones_like(input_ids))
             with model.autocast():
                 states_cls = encoder(text, cls_only=True, padded=False)
                 x = encoder.embeddings(as_match_input(text).input_ids)  # (P, length, D)
                 x = encoder.encoder.layer[0].text_part(x, PaddedTexts(text.attention_mask, padded=False))
-            if states is None:
-                states = x.new_empty(int(lengths.sum()), x.shape[-1])
-            feat[part] = model.text_feature(states_cls)
-            rows = (start[part][:, None] + np.arange(length)).ravel()
-            states[torch.from_numpy(rows).to(device)] = x.flatten(0, 1)
-    return EncodedTexts(feat, lengths, start, states)
+            feat[on_device(device, part)] = model.text_feature(states_cls)
+            states[on_device(device, ranges(start[part], lengths[part]))] = x.flatten(0, 1).to(states.dtype)
+    return EncodedTexts(feat, distinct.reshape(-1), lengths, start, states)
 
 
 def encode_images(model: BLIP_Retrieval, batches: Iterable[Tensor], num_images: int, batch_size: int) -> EncodedImages:
-    """Tokens stay on the GPU while they fit in half of its free memory, else in pinned host memory."""
+    """Tokens stay on the GPU when they take less than half of its free memory, else they go to pinned host memory."""
     device = model.temp.device
     blocks = own_blocks(num_images, batch_size)
     feat = torch.zeros(num_images, model.vision_proj.out_features, dtype=model.temp.dtype, device=device)
-    tokens = []
+    tokens, stay = [], None
     progress = Progress("encode images", sum(len(block) for block in blocks), "images")
     for block, pixels in zip(blocks, batches, strict=True):
         encoded = model.encode_image(pixels.to(device, model.temp.dtype, non_blocking=True))
         feat[block.start : block.stop] = model.image_feature(encoded)
-        tokens.append(encoded if _fits(encoded, len(blocks)) else _to_pinned(encoded))
+        if stay is None:
+            stay = _fits(encoded.nbytes * len(blocks), device)
+        tokens.append(encoded if stay else _to_pinned(encoded))
         progress.add(len(block))
+    if not stay and device.type == "cuda":
+        torch.cuda.synchronize(device)  # the copies to the host have arrived
     return EncodedImages(all_reduce_sum(feat), blocks, tokens)
 
 
-def _fits(block: Tensor, num_blocks: int) -> bool:
-    if block.device.type != "cuda":
+def _fits(nbytes: int, device: torch.device) -> bool:
+    if device.type != "cuda":
         return True
-    return block.nbytes * num_blocks < torch.cuda.get_device_properties(block.device).total_memory // 2
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return nbytes < (torch.cuda.mem_get_info(device)[0] + cached) // 2
 
 
 def _to_pinned(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x)
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
 # ---- shortlists and the pairs they need ---------------------------------------------------------------------------
 
 
-def shortlist(image_feat: Tensor, text_feat: Tensor, k_test: int) -> Shortlists:
-    """The k_test best cosines of every image and of every text, in chunks: the N x M matrix never exists."""
-    i2t = _top(image_feat, text_feat, k_test)
-    t2i = _top(text_feat, image_feat, k_test)
-    return Shortlists(*i2t, *t2i)
+def shortlist(image_feat: Tensor, text_feat: Tensor, distinct: np.ndarray, k_test: int) -> Shortlists:
+    """The k_test best cosines of every image and of every caption: features (N, E) and (U, E), `distinct` (M,).
+
+    It goes in chunks: the N x M matrix never exists. Captions of one text have one cosine, to the last bit.
+    """
+    columns = torch.from_numpy(distinct).to(text_feat.device)
+    i2t, i2t_value = _top(image_feat, text_feat, k_test, columns)
+    t2i, t2i_value = _top(text_feat, image_feat, k_test)
+    return Shortlists(i2t, i2t_value, t2i[distinct], t2i_value[distinct])
 
 
-def _top(queries: Tensor, gallery: Tensor, k_test: int) -> tuple[np.ndarray, np.ndarray]:
-    k = min(k_test, len(gallery))
-    parts = [(chunk @ gallery.T).topk(k, dim=1) for chunk in queries.split(max(1, SIMILARITY_CHUNK // len(gallery)))]
-    index = torch.cat([part.indices for part in parts]).int()
+def _top(queries: Tensor, gallery: Tensor, k_test: int, columns: Tensor | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Indices and values (Q, k) of the best candidates, which are the gallery's rows or its rows `columns`."""
+    size = len(gallery) if columns is None else len(columns)
+    parts = []
+    for chunk in queries.split(max(1, SIMILARITY_CHUNK // size)):
+        cosines = chunk @ gallery.T
+        parts.append((cosines if columns is None else cosines[:, columns]).topk(min(k_test, size), dim=1))
+    index = torch.cat([part.indices.int() for part in parts])
     return index.cpu().numpy(), torch.cat([part.values for part in parts]).cpu().numpy()
 
 
-def needed_pairs(lists: Shortlists) -> np.ndarray:
-    """The union of both directions' pairs as sorted codes image * M + text: (P,) int64."""
-    num_texts = len(lists.t2i)
-    i2t = np.arange(len(lists.i2t))[:, None] * num_texts + lists.i2t
-    t2i = lists.t2i.astype(np.int64) * num_texts + np.arange(num_texts)[:, None]
-    return np.unique(np.concatenate([i2t.ravel(), t2i.ravel()]))
+@dataclass(frozen=True)
+class Pairs:
+    """The pairs (image, distinct text) that the shortlists need, each once, by image; and each candidate's pair."""
+
+    image: np.ndarray  # (P,)
+    text: np.ndarray  # (P,)
+    i2t: np.ndarray  # (N, k) index of the pair
+    t2i: np.ndarray  # (M, k)
 
 
-def add_scores(lists: Shortlists, codes: np.ndarray, scores: np.ndarray) -> Shortlists:
-    """Matching logit plus cosine for every shortlisted candidate."""
-    num_texts = len(lists.t2i)
-    i2t = np.arange(len(lists.i2t))[:, None] * num_texts + lists.i2t
-    t2i = lists.t2i.astype(np.int64) * num_texts + np.arange(num_texts)[:, None]
-    i2t_value = scores[np.searchsorted(codes, i2t)] + lists.i2t_value
-    t2i_value = scores[np.searchsorted(codes, t2i)] + lists.t2i_value
-    return Shortlists(lists.i2t, i2t_value, lists.t2i, t2i_value)
-
-
-# ---- scoring ------------------------------------------------------------------------------------------------------
-
-
-class PackedTexts:
-    """Pairs of one pass without padding: tokens lie by text length, then by image (`models/med.py` runs the layers).
-
-    Texts of one length form a rectangle for self-attention. Cross-attention has no mask per text, so all tokens that
-    look at one image are a single query sequence against it.
-    """
-
-    def __init__(self, image: np.ndarray, lengths: np.ndarray, device: torch.device):
-        """`image` (P,) in [0, m) and `lengths` (P,), in length order."""
-        self.num_pairs = len(lengths)
-        self.groups = [(int(n), int(length)) for length, n in zip(*np.unique(lengths, return_counts=True), strict=True)]
-        first = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-        self.first_token = torch.from_numpy(first).to(device)
-        self.by_image = [_Order(image, device), _Order(np.repeat(image, lengths), device)]  # of pairs, of tokens
-
-    def first(self, x: Tensor) -> Tensor:
-        return x[self.first_token]  # (T, D) -> (P, D)
-
-    def attend_text(self, q: Tensor, k: Tensor, v: Tensor, heads: int, dropout: float) -> Tensor:
-        sizes = [n * length for n, length in self.groups]
-        q_sizes = [n for n, _ in self.groups] if len(q) == self.num_pairs else sizes
-        parts = []
-        for (n, _), *qkv in zip(self.groups, q.split(q_sizes), k.split(sizes), v.split(sizes), strict=True):
-            heads_of = (split_heads(x.unflatten(0, (n, -1)), heads) for x in qkv)  # (n, H, length or 1, d)
-            parts.append(merge_heads(F.scaled_dot_product_attention(*heads_of)).flatten(0, 1))
-        return torch.cat(parts)
-
-    def attend_image(self, q: Tensor, k: Tensor, v: Tensor, heads: int, dropout: float) -> Tensor:
-        order = self.by_image[len(q) != self.num_pairs]
-        k, v = split_heads(k, heads), split_heads(v, heads)  # (m, H, n, d)
-        queries = order.sort(q).split(order.counts)
-        parts = [
-            merge_heads(F.scaled_dot_product_attention(split_heads(x[None], heads), k[i : i + 1], v[i : i + 1]))[0]
-            for i, x in enumerate(queries)
-        ]
-        return order.unsort(torch.cat(parts))
-
-
-class _Order:
-    """Rows sorted by image and back."""
-
-    def __init__(self, image: np.ndarray, device: torch.device):
-        self.counts = np.bincount(image).tolist()
-        order = np.argsort(image, kind="stable")
-        self.trivial = len(self.counts) == 1
-        self.index, self.inverse = (torch.from_numpy(x).to(device) for x in (order, np.argsort(order)))
-
-    def sort(self, x: Tensor) -> Tensor:
-        return x if self.trivial else x[self.index]
-
-    def unsort(self, x: Tensor) -> Tensor:
-        return x if self.trivial else x[self.inverse]
-
-
-def score_pairs(
-    model: BLIP_Retrieval, images: EncodedImages, texts: EncodedTexts, codes: np.ndarray, tokens_per_pass: int
-) -> np.ndarray:
-    """Matching logit of every pair code image * M + text, (P,); each process scores its own images."""
-    num_texts = len(texts.lengths)
-    scores = torch.zeros(len(codes), dtype=model.temp.dtype)
-    spans = [np.searchsorted(codes, [block.start * num_texts, block.stop * num_texts]) for block in images.blocks]
-    progress = Progress("re-rank", int(sum(end - begin for begin, end in spans)), "pairs")
-    for block, tokens, (begin, end) in zip(images.blocks, images.tokens, spans, strict=True):
-        image, text = np.divmod(codes[begin:end], num_texts)
-        for part in _passes(texts.lengths[text], tokens_per_pass):
-            scores[begin + part.start : begin + part.stop] = _score(
-                model, tokens, image[part] - block.start, texts, text[part]
-            )
-            progress.add(part.stop - part.start)
-    return all_reduce_sum(scores.to(model.temp.device)).cpu().numpy()
-
-
-def _passes(lengths: np.ndarray, tokens_per_pass: int) -> Iterator[slice]:
-    """Cut pairs into runs of about `tokens_per_pass` tokens."""
-    ends = np.flatnonzero(np.diff(np.cumsum(lengths) // tokens_per_pass)) + 1
-    for begin, end in pairwise([0, *ends.tolist(), len(lengths)]):
-        if begin < end:
-            yield slice(begin, end)
-
-
-def _score(model: BLIP_Retrieval, tokens: Tensor, image: np.ndarray, texts: EncodedTexts, text: np.ndarray) -> Tensor:
-    """One pass: pairs (image in the block, text) -> matching logit (P,) on the host."""
-    device = model.temp.device
-    present, image = np.unique(image, return_inverse=True)
-    image_tokens = tokens[torch.from_numpy(present).to(tokens.device)].to(device, non_blocking=True)  # (m, n, V)
-    order = np.lexsort((image, texts.lengths[text]))
-    image, text = image[order], text[order]
-    lengths = texts.lengths[text]
-    packed = PackedTexts(image, lengths, device)
-    offset = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # place within the text
-    x = texts.states[torch.from_numpy(np.repeat(texts.start[text], lengths) + offset).to(device)]  # (T, D)
-    layers = model.text_encoder.encoder.layer
-    with model.autocast():
-        for i, layer in enumerate(layers):
-            last = i == len(layers) - 1
-            if i > 0:
-                x = layer.text_part(x, packed, cls_only=last)
-            elif last:
-                x = packed.first(x)
-            x = layer.image_part(x, packed, image_tokens)
-    scores = model.itm_head(x.to(model.itm_head.weight.dtype))[:, 1].cpu()
-    return scores[torch.from_numpy(np.argsort(order))]
+def needed_pairs(lists: Shortlists, distinct: np.ndarray) -> Pairs:
+    """The union of both directions' pairs; `distinct` (M,) maps captions to texts."""
+    num_texts = int(distinct.max()) + 1
+    i2t = np.arange(len(lists.i2t))[:, None] * num_texts + distinct[lists.i2t]
+    t2i = lists.t2i.astype(np.int64) * num_texts + distinct[:, None]
+    codes = torch.from_numpy(np.concatenate([i2t.ravel(), t2i.ravel()]))
+    codes, pair = torch.unique(codes, return_inverse=True)  # sorted; far faster than numpy's
+    image, text = (x.astype(np.int32) for x in np.divmod(codes.numpy(), num_texts))
+    pair = pair.int().numpy()
+    return Pairs(image, text, pair[: i2t.size].reshape(i2t.shape), pair[i2t.size :].reshape(t2i.shape))
 
 
 def score_matrices(

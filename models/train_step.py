@@ -5,19 +5,21 @@ image, so the step is ordered by image and needs no gradient cache:
 
     1. clamp the temperature, move the momentum twins, momentum features of all samples (no graph)
     2. text micro-batches: t2i contrast, backward at once
-    3. image features of all samples that may be drawn as negatives (graphs of the last micro-batches are kept)
+    3. image features of all samples that may be drawn as negatives; graphs of the last micro-batches are kept, as many
+       as memory allows (`models/machine.py`)
     4. draw hard negatives
     5. image micro-batches: i2t contrast, all pairs that touch these images, backward at once
     6. write the queues in rank order
 
 `ranks` emulated ranks on each of W processes give the average gradient of ranks * W GPUs. Processes exchange features
-and token ids, never image tokens.
+and token ids, never image tokens. Dropout and drop-path are drawn as on one GPU with this order of work: the same
+distribution as on R GPUs, not the same numbers. The host reads from the device once for each pool of negatives.
 
 Shapes: n samples on this process (rank after rank), b = n / ranks, m rows of a micro-batch, P pairs, E embedding width,
 R = ranks * W.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -32,6 +34,8 @@ from utils import all_gather, get_rank, get_world_size
 
 if TYPE_CHECKING:
     from models.blip_retrieval import BLIP_Retrieval
+
+TEXTS_PER_IMAGE = 4  # micro-batches of texts alone are this much larger: a text's graph is a small part of an image's
 
 
 class RetrievalStep:
@@ -53,7 +57,7 @@ class RetrievalStep:
         generators: Sequence[torch.Generator] | None = None,
         snapshot_queues: bool = False,
     ):
-        self.model, self.image, self.text, self.idx, self.alpha = model, image, text, idx, alpha
+        self.model, self.image, self.idx, self.alpha = model, image, idx, alpha
         self.ranks, self.batch = ranks, len(image) // ranks
         self.generators = generators or [None] * ranks
         # forward() backpropagates after the queues are written, train_step() before.
@@ -63,10 +67,9 @@ class RetrievalStep:
         self.gather = all_gather if model.negative_all_rank else lambda x: x
         self.offset = get_rank() * len(image) if model.negative_all_rank else 0  # this process's place in the pool
         self.pool_idx = self.gather(idx)
-        self.pool_text = _gather_text(text, self.gather)
-        self.lengths = self.pool_text.attention_mask.sum(1).tolist()  # tokens of each text of the pool, on the host
+        self.pool_text, self.lengths = _pool_text(text, model.negative_all_rank, image.device)
         self.negative_image, self.negative_text = ([-1] * len(self.pool_idx) for _ in range(2))  # drawn, by sample
-        self.loss_sums = torch.zeros(ranks * get_world_size(), 2, device=image.device)  # by rank: ita, itm
+        self.sums = torch.zeros(ranks * get_world_size(), 3, device=image.device)  # by rank: see StepReport
         self.starved = torch.zeros((), dtype=torch.bool, device=image.device)  # some sample had no negative to draw
 
         model.clamp_temp()
@@ -145,18 +148,19 @@ class RetrievalStep:
         pairs = itm.pairs_by_image(first, last, self.negative_image, self.negative_text)
         device = image_tokens.device
         length = max(self.lengths[text] for text in pairs.text)
-        index = torch.tensor(pairs.text, device=device)
+        index, label, owner = _on_device([pairs.text, pairs.label, pairs.owner], device)  # (P,) each
         text = TokenizedText(*(x[:, :length][index] for x in self.pool_text))
         logits = self.model.match(text, image_tokens, PairRows(pairs.image, len(image_tokens), device))  # (P, 2)
-        loss = F.cross_entropy(logits, torch.tensor(pairs.label, device=device), reduction="none")  # (P,)
+        loss = F.cross_entropy(logits, label, reduction="none")  # (P,)
         per_rank = itm.PAIRS_PER_SAMPLE * self.batch
         first_rank = 0 if self.model.negative_all_rank else get_rank() * self.ranks
-        owner = torch.tensor(pairs.owner, device=device) // self.batch + first_rank
-        self._note(owner, 1, loss / per_rank)
+        rank = owner // self.batch + first_rank
+        self._note(rank, 1, loss / per_rank)
+        self._note(rank, 2, (logits.argmax(1) == label) / per_rank)
         return loss.sum() / (per_rank * self.ranks)
 
-    def _note(self, rank: Tensor, column: int, loss: Tensor) -> None:
-        self.loss_sums[:, column].index_add_(0, rank, loss.detach().to(self.loss_sums.dtype))
+    def _note(self, rank: Tensor, column: int, values: Tensor) -> None:
+        self.sums[:, column].index_add_(0, rank, values.detach().to(self.sums.dtype))
 
     def _trim(self, first: int, last: int) -> TokenizedText:
         """Texts first..last-1 of the pool, padded to the longest of them."""
@@ -167,7 +171,7 @@ class RetrievalStep:
 class StepReport(NamedTuple):
     """What a step leaves behind, on the device: read it only when printing."""
 
-    loss_sums: Tensor  # (R, 2) loss_ita, loss_itm of each rank; sum over processes before use
+    sums: Tensor  # (R, 3) loss_ita, loss_itm, accuracy of matching of each rank; sum over processes before use
     starved: Tensor  # () bool: a sample had no negative to draw (all images of its pool were one)
 
 
@@ -184,12 +188,13 @@ def train_step(
 ) -> StepReport:
     """Accumulate the gradients of one step into `.grad`, and write the queues.
 
-    image (n, 3, S, S), text (n, L), idx (n,), rank after rank; `micro_batch` samples at a time (all when None).
-    `keep_graphs`: image graphs kept between drawing and matching; the rest is encoded twice. One micro-batch always is.
+    image (n, 3, S, S), text (n, L), idx (n,), rank after rank; `micro_batch` images at a time (all when None). Leave
+    the text on the host, where its lengths are read. `keep_graphs`: image graphs kept between drawing and matching, in
+    whole micro-batches and at least one; other images are encoded twice.
     """
     step = RetrievalStep(model, image, text, idx, alpha, ranks, micro_batch, generators)
     size = micro_batch or len(image)
-    for rows in slices(0, len(image), size):
+    for rows in slices(0, len(image), TEXTS_PER_IMAGE * size):
         step.text_loss(rows).backward()
     for pool in step.pools():
         chunks = slices(pool.start, pool.stop, size)
@@ -205,7 +210,7 @@ def train_step(
             (loss_i2t + loss_itm).backward()
             del image_tokens, loss_i2t, loss_itm
     step.write_queues()
-    return StepReport(step.loss_sums, step.starved)
+    return StepReport(step.sums, step.starved)
 
 
 def slices(start: int, stop: int, size: int) -> list[slice]:
@@ -238,9 +243,20 @@ def _replay(state: Tensor | None, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _gather_text(text: TokenizedText, gather: Callable[[Tensor], Tensor]) -> TokenizedText:
-    """The texts of the pool; processes agree on MAX_TOKENS columns, as their longest captions differ."""
-    if get_world_size() == 1:
-        return text
+def _pool_text(text: TokenizedText, all_rank: bool, device: torch.device) -> tuple[TokenizedText, list[int]]:
+    """The texts of the pool on the device, and their numbers of tokens on the host.
+
+    Lengths are read where the loader left the texts, so nothing waits for the GPU; those of other processes arrive on
+    the device. Processes then agree on MAX_TOKENS columns, as their longest captions differ.
+    """
+    if get_world_size() == 1 or not all_rank:
+        return text.to(device, non_blocking=True), text.attention_mask.sum(1).tolist()
     missing = MAX_TOKENS - text.input_ids.shape[1]
-    return TokenizedText(*(gather(F.pad(x, (0, missing))) for x in text))  # pads ids with PAD = 0, masks with 0
+    padded = (F.pad(x, (0, missing)) for x in text.to(device, non_blocking=True))  # ids with PAD = 0, masks with 0
+    pool = TokenizedText(*map(all_gather, padded))
+    return pool, pool.attention_mask.sum(1).tolist()
+
+
+def _on_device(rows: list[list[int]], device: torch.device) -> Tensor:
+    """Host integers (k, P) on the device in one copy, which does not wait for what the GPU still has to do."""
+    return torch.tensor(rows, pin_memory=device.type == "cuda").to(device, non_blocking=True)

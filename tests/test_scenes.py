@@ -12,7 +12,7 @@ import pytest
 
 from data import scenes
 from data.images import ImageStore
-from data.scenes import AXES, Scene, Thing, captions_of, choose_scenes, confusable, draw_scene, ensure_scenes
+from data.scenes import AXES, Scene, Thing, arrangements, captions_of, choose_scenes, draw_scene, ensure_scenes
 from transform.text import clean_caption
 
 
@@ -41,22 +41,36 @@ def parse(caption: str) -> Scene:
 @functools.cache
 def real_splits(seed: int = 0) -> list[list[Scene]]:
     used: set[Scene] = set()
-    counts = (scenes.TEST_IMAGES, scenes.VAL_IMAGES, scenes.TRAIN_IMAGES)
-    return [choose_scenes(count, used, np.random.default_rng([seed, n])) for n, count in enumerate(counts)]
+    counts = {"test": scenes.TEST_IMAGES, "val": scenes.VAL_IMAGES, "train": scenes.TRAIN_IMAGES}
+    return [
+        choose_scenes(split, count, used, np.random.default_rng([seed, n]))
+        for n, (split, count) in enumerate(counts.items())
+    ]
 
 
 def test_splits_share_no_combination_and_no_gallery_repeats_one():
     splits = real_splits()
     everything = [scene for split in splits for scene in split]
-    assert len(set(everything)) == len(everything) == 7000
+    assert len(set(everything)) == len(everything) == 6700
     for scene in everything:
         assert scene.first[1:] != scene.second[1:]  # else "a red ring left of a red ring" could mean either
 
 
-def test_half_of_a_gallery_is_confusable():
-    gallery = set(real_splits()[0])
-    hard = [scene for scene in gallery if not gallery.isdisjoint(confusable(scene))]
-    assert 0.48 * len(gallery) < len(hard) < 0.65 * len(gallery)
+def words_of(scene: Scene) -> list[str]:
+    return sorted([*scene.first, *scene.second])
+
+
+def test_half_of_a_gallery_and_all_of_training_is_confusable():
+    for split, least, most in zip(real_splits(), (0.45, 0.45, 0.99), (0.65, 0.65, 1), strict=True):
+        hard = [scene for scene in split if not set(split).isdisjoint(arrangements(scene))]
+        assert least * len(split) < len(hard) <= most * len(split)
+        assert all(words_of(other) == words_of(scene) for scene in hard[:50] for other in arrangements(scene))
+
+
+def test_all_arrangements_of_distinct_attributes_are_sixteen():
+    scene = Scene("horizontal", Thing("small", "red", "ring"), Thing("large", "blue", "star"))
+    assert len({scene, *arrangements(scene)}) == 16
+    assert Scene("vertical", Thing("small", "blue", "star"), Thing("large", "red", "ring")) in arrangements(scene)
 
 
 def test_three_captions_mean_the_same_scene():

@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 
 import train_retrieval
 from configs.schema import load_config
+from data.checks import Findings
 
 ROOT = Path(__file__).parent.parent
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
@@ -73,6 +74,7 @@ def test_evaluate_writes_its_result_and_nothing_else(tiny_run):
 def test_evaluate_loads_finetuned_before_pretrained(tiny_run, monkeypatch):
     loaded = []
     monkeypatch.setattr(train_retrieval, "load_pretrained", lambda model, source, cache_dir: loaded.append(source))
+    monkeypatch.setattr(train_retrieval, "check_checkpoint", lambda *_: Findings())
     run(tiny_run, "--evaluate", "--set", "pretrained=p.pth")
     run(tiny_run, "--evaluate", "--set", "pretrained=p.pth", "finetuned=f.pth")
     assert loaded == ["p.pth", "f.pth"]
@@ -152,8 +154,8 @@ def test_a_non_finite_loss_stops_the_run_and_names_step_images_and_last_save(tin
 
     def broken(model, *args):
         report = original(model, *args)
-        if args[4] == 1:  # epoch 1
-            report.loss_sums.fill_(float("nan"))
+        if args[5] == 1:  # epoch 1
+            report.sums.fill_(float("nan"))
         return report
 
     monkeypatch.setattr(train_retrieval, "compute_gradients", broken)

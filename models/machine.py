@@ -1,0 +1,161 @@
+"""What this machine allows: how many image graphs stay in memory during a step, and compiled encoders.
+
+Both change speed and memory, not the method: gradients are equal to rounding.
+"""
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.blip_retrieval import BLIP_Retrieval
+from models.itm import PAIRS_PER_SAMPLE
+from models.med import Intermediate, PairRows, ResidualOutput
+from models.vit import VitBlock
+from transform.text import MAX_TOKENS, TokenizedText
+
+log = logging.getLogger("blip")
+
+MARGIN = 0.9  # of the free GPU memory: the rest is lost to fragmentation and to what other libraries allocate
+QUEUE_ROWS = 8  # (m, Q) float32 matrices that the contrast of a micro-batch holds at its peak
+
+# ---- image graphs kept between drawing and matching -----------------------------------------------------------------
+
+
+def auto_keep_graphs(
+    model: BLIP_Retrieval,
+    image_size: int,
+    micro_batch: int,
+    samples: int,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> int:
+    """How many of the `samples` image graphs of a step fit into free memory: `keep_graphs: auto`.
+
+    Measured on one micro-batch of random pixels, in the precision set; call it between steps, as gradients are cleared.
+    Room is left for matching that micro-batch, and for state the `optimizer` has not allocated yet. On the CPU one
+    image is measured, and kept graphs get half of the available memory. ValueError if not one micro-batch fits.
+    """
+    micro_batch = min(micro_batch, samples)
+    training, device = model.training, model.temp.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        model.train()
+        if device.type == "cuda":
+            graph, free = _measure_gpu(model, image_size, micro_batch, samples, optimizer)
+        else:
+            graph = _saved_bytes(model, torch.randn(1, 3, image_size, image_size, dtype=model.temp.dtype))
+            free = _host_memory() // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        model.train(training)
+    kept = min(samples, max(micro_batch, int(free // graph)))
+    log.info("keep_graphs: %d of %d, an image's graph takes %.0f MB", kept, samples, graph / 1e6)
+    return kept
+
+
+def _measure_gpu(
+    model: BLIP_Retrieval, image_size: int, micro_batch: int, samples: int, optimizer: torch.optim.Optimizer | None
+) -> tuple[float, float]:
+    """Bytes of an image's graph, and bytes that graphs may take."""
+    device = model.temp.device
+    available = free_gpu_memory(device)
+    before = torch.cuda.memory_allocated(device)
+    try:
+        graph, peak = _run_micro_batch(model, image_size, micro_batch, before)
+    except torch.OutOfMemoryError:
+        graph = None  # the traceback holds tensors until this block is left
+    if graph is None:
+        raise ValueError(
+            f"batch_size_train {micro_batch} does not fit into {available / 1e9:.1f} GB of free GPU memory: lower it "
+            "(it is the micro-batch: the method stays the same), or set vit_grad_ckpt true, or precision bf16. "
+            "--dry_run finds the largest that fits."
+        )
+    pixels = samples * 3 * image_size**2 * 4  # of all samples of a step, which the probe did not hold
+    contrast = QUEUE_ROWS * micro_batch * model.queue_size * 4
+    rest = peak - graph + pixels + contrast + _missing_state(optimizer)
+    return graph / micro_batch, MARGIN * available - rest
+
+
+def free_gpu_memory(device: torch.device) -> int:
+    """Bytes that this process can still allocate: free ones, and those its allocator holds unused."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def _run_micro_batch(model: BLIP_Retrieval, image_size: int, size: int, before: int) -> tuple[int, int]:
+    """Encode and match random images with their pairs, forward and backward: bytes of the graph, bytes at the peak."""
+    device = model.temp.device
+    try:
+        image_tokens = model.encode_image(torch.randn(size, 3, image_size, image_size, device=device))
+        graph = torch.cuda.memory_allocated(device) - before
+        torch.cuda.reset_peak_memory_stats(device)
+        ids = torch.ones(PAIRS_PER_SAMPLE * size, MAX_TOKENS, dtype=torch.long, device=device)
+        rows = PairRows([pair // PAIRS_PER_SAMPLE for pair in range(len(ids))], size, device)
+        logits = model.match(TokenizedText(ids, torch.ones_like(ids)), image_tokens, rows)
+        (logits.sum() + model.image_feature(image_tokens).sum()).backward()
+        return graph, torch.cuda.max_memory_allocated(device) - before
+    finally:
+        model.zero_grad()
+
+
+def _missing_state(optimizer: torch.optim.Optimizer | None) -> int:
+    """Bytes of the two moments that AdamW will allocate in its first step."""
+    groups = optimizer.param_groups if optimizer else ()
+    return sum(2 * p.nbytes for group in groups for p in group["params"] if p not in optimizer.state)
+
+
+def _saved_bytes(model: BLIP_Retrieval, image: Tensor) -> int:
+    """Bytes that autograd keeps for the backward pass of these images, the weights apart."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, Tensor] = {}
+
+    def note(x: Tensor) -> Tensor:
+        if x.untyped_storage().data_ptr() not in weights:
+            saved[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        image_tokens = model.encode_image(image)
+    return image_tokens.nbytes + sum(x.untyped_storage().nbytes() for x in saved.values())
+
+
+def _host_memory() -> int:
+    """Available bytes: of the machine, or less where a container's limit is lower."""
+    lines = _read("/proc/meminfo").splitlines()
+    available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    if not available:  # not Linux
+        available = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2]
+    limit, used = _read("/sys/fs/cgroup/memory.max").strip(), _read("/sys/fs/cgroup/memory.current").strip()
+    if limit.isdecimal() and used.isdecimal():
+        available.append(max(0, int(limit) - int(used)))
+    return min(available)
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
+
+
+# ---- compilation ----------------------------------------------------------------------------------------------------
+
+
+def compile_encoders(model: BLIP_Retrieval) -> None:
+    """`compile: true`: fuse what lies between the matrix products of both encoders and of their twins, in place.
+
+    Names in the state dict stay. An image block is compiled whole, but where its forward is recomputed (checkpointing,
+    stochastic depth) only its parts without randomness. Of a text layer it is the MLP and dropout + add + LayerNorm,
+    whatever the arrangement of tokens.
+    """
+    torch._dynamo.config.recompile_limit = 64  # modes x shapes: train, no_grad, eval, a last smaller batch
+    for module in _to_compile(model):
+        module.compile()
+
+
+def _to_compile(model: BLIP_Retrieval) -> list[nn.Module]:
+    chosen: list[nn.Module] = []
+    for encoder in (model.visual_encoder, model.visual_encoder_m):
+        for block in encoder.blocks:
+            assert isinstance(block, VitBlock)
+            checkpointed = "forward" in vars(block)  # patched by fairscale
+            chosen += [block.attn, block.mlp] if checkpointed or encoder.stochastic else [block]
+    for encoder in (model.text_encoder, model.text_encoder_m):
+        chosen += [m for m in encoder.modules() if isinstance(m, ResidualOutput | Intermediate)]
+    return chosen

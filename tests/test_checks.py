@@ -1,0 +1,281 @@
+"""What a run, and `--check`, say beforehand; what training warns of; broken images on the way."""
+
+import json
+import logging
+import re
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train_retrieval
+from configs.schema import load_config, resolve
+from data import checks
+from data.annotations import Annotations
+from data.metrics import within_noise
+from data.recipe import check_disk, check_recipe, require_negatives
+from models.meters import Watch
+from tests.test_train import ROOT, lines, run
+
+
+def check(folder, capsys, *pairs: str) -> str:
+    assert run(folder, "--check", *(["--set", *pairs] if pairs else [])) == 0
+    return capsys.readouterr().out
+
+
+def edit(path, change) -> None:
+    rows = json.loads(path.read_text())
+    path.write_text(json.dumps(change(rows) or rows))
+
+
+def table(ids, name="custom train", captions=None) -> Annotations:
+    ids = np.array(ids)
+    captions = captions or [f"caption {i}" for i in range(len(ids))]
+    images = [f"{i}.png" for i in range(len(ids))]
+    return Annotations(name, ROOT / "rows.json", images, ids, captions, np.arange(len(ids)))
+
+
+# ---------------------------------------------------------------- --check
+
+
+def test_a_good_run_is_all_good_and_nothing_is_written(tiny_run, capsys):
+    before = sorted(tiny_run.rglob("*"))
+    report = check(tiny_run, capsys, "queue_size=8")
+    assert report.endswith("all good\n") and "warning" not in report
+    assert f"custom train: 12 images, 24 captions, 12 ids ({tiny_run / 'train.json'})" in report
+    assert "custom test: images by their shorter side in pixels: < 64: 4" in report
+    assert "3 steps an epoch of 8 pairs, 6 steps in all" in report and "checkpoints of" in report
+    assert sorted(tiny_run.rglob("*")) == before
+
+
+def test_a_run_looks_at_a_sample_and_says_so(tiny_run, capsys, monkeypatch):
+    monkeypatch.setattr(checks, "QUICK_IMAGES", 4)  # of 12: every third
+    (tiny_run / "images" / "train_3.png").write_bytes(b"")
+    assert run(tiny_run) == 2
+    error = capsys.readouterr().err
+    assert "1 of 4 images looked at (--check looks at all)" in error and "train_3.png" in error
+
+
+def long_caption(rows):
+    rows[0]["caption"] = ["word " * 31, "extraordinarilyunpronounceable " * 10]
+
+
+WARNINGS = {
+    "queue": ((), None, "queue_size 24 is large for 24 training pairs.*set queue_size to 8"),
+    "workers": (("num_workers=999",), None, "num_workers 999 makes 999 loaders on"),
+    "long": ((), long_caption, "1 of 24 captions have more than 30 words"),
+    "tokens": ((), long_caption, "1 of 24 captions have more than 35 tokens"),
+    "twice": ((), lambda rows: rows + rows[:2], "4 of 28 captions repeat"),
+    "one id": ((), lambda rows: [row | {"image_id": max(i, 6)} for i, row in enumerate(rows)], "58 % of the captions"),
+    "not English": ((), lambda rows: [row | {"caption": "🐶 🐱 dog"} for row in rows], "67 % of the word pieces"),
+    "same file": ((), lambda rows: rows + [{"image": "test_1.png", "caption": "x"}], "1 of 4 images are also in"),
+    "captions": ((), lambda rows: rows[0].update(caption="a dog"), "2 of 8 captions are word for word also"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WARNINGS)
+def test_warnings_are_one_line_with_the_remedy(tiny_run, capsys, name):
+    pairs, change, said = WARNINGS[name]
+    if change:
+        edit(tiny_run / "train.json", change)
+    edit(tiny_run / "test.json", lambda rows: rows[1].update(caption=["a dog", "a dog"]))
+    report = check(tiny_run, capsys, *pairs).splitlines()
+    (warning,) = [line for line in report if line.startswith("warning: ") and re.search(said, line)]
+    assert ": " in warning.removeprefix("warning: custom train: ") and len(warning) < 400  # a remedy follows
+
+
+def test_copies_under_other_names_are_found_by_their_bytes(tiny_run, capsys):
+    shutil.copy(tiny_run / "images" / "train_2.png", tiny_run / "images" / "test_0.png")
+    assert "1 of 4 images are, under other names, copies of images of custom train (the first: test_0.png)" in check(
+        tiny_run, capsys
+    )
+
+
+def test_a_finetuned_checkpoint_is_told_from_a_pretrained_one(tiny_run, capsys):
+    state = train_retrieval.build_model(load_config(tiny_run / "config.yaml")).state_dict()
+    path = tiny_run / "weights.pth"
+    torch.save({"model": state}, path)
+    assert "is a BLIP already fine-tuned for retrieval" in check(tiny_run, capsys, f"pretrained={path}")
+    torch.save({"model": {**state, "text_decoder.x": torch.ones(1)}}, path)
+    report = check(tiny_run, capsys, f"pretrained={path}")
+    assert "weights.pth: pre-trained BLIP" in report and "already" not in report
+    address = "https://example.org/x/model_nowhere.pth"
+    assert f"{address}: not here yet" in check(tiny_run, capsys, f"pretrained={address}")
+
+
+# ---------------------------------------------------------------- recipe, disk, negatives
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("retrieval_*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_follow_the_rules(path, monkeypatch):
+    monkeypatch.setattr("data.recipe.cores", lambda: 4)
+    pairs = {"coco": 566747, "flickr": 145000, "custom": 10000, "scenes": 18000, "emoji": 15470}
+    cfg = resolve(load_config(path), 1)
+    assert check_recipe(cfg, table(range(pairs[cfg.dataset]))).warnings == []
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({}, ["init_lr 1e-05 .*set init_lr to 3.5e-06, or global_batch_size to 256", "momentum 0.995 .*to 0.99937"]),
+    ({"init_lr": "3.5e-6", "momentum": "0.99937"}, []),
+    ({"vit": "large", "global_batch_size": "256", "init_lr": "1.2e-5"}, ["5e-06 at 256 is .*set init_lr to 5e-06"]),
+    ({"init_lr": "3.5e-6", "momentum": "0.99937", "max_epoch": "1", "queue_size": "32"}, ["^31 optimizer steps"]),
+    ({"pretrained": ""}, []),  # nothing is published for random weights
+])  # fmt: skip
+def test_batch_and_rate_are_held_against_the_published_rule(changes, said):
+    cfg = resolve(load_config(ROOT / "tests" / "assets" / "blip_retrieval_coco.yaml", changes), 1)
+    pairs = 1000 if "max_epoch" in changes else 566747
+    found = [line for line in check_recipe(cfg, table(range(pairs))).warnings if "num_workers" not in line]
+    assert len(found) == len(said)
+    for line, pattern in zip(found, said, strict=True):
+        assert re.search(pattern, line), line
+
+
+def test_room_for_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.recipe.shutil.disk_usage", lambda path: SimpleNamespace(free=15_000_000_000))
+    found = check_disk(tmp_path / "a" / "b", 223_000_000, keep_last=2)
+    assert not found.errors and "4 checkpoints of 3.57 GB at most, 15 GB free" in found.facts[0]
+    assert "too full" in check_disk(tmp_path / "a", 250_000_000, 2).errors[0]
+
+
+@pytest.mark.parametrize(("ids", "everywhere", "fails"), [
+    ([0] * 8, True, True), ([0] * 7 + [1], True, False), ([0] * 4 + [1] * 4, True, False), (range(8), False, False),
+    ([0] * 7 + [1], False, True),
+])  # fmt: skip
+def test_a_pool_of_one_image_is_found_before_the_first_step(ids, everywhere, fails):
+    cfg = SimpleNamespace(global_batch_size=8, ranks_emulated=2, negative_all_rank=everywhere, max_epoch=2)
+    if fails:
+        with pytest.raises(ValueError, match="epoch 0, step 0 all [48] samples .* show the same image"):
+            require_negatives(cfg, table(ids), seed=0)
+    else:
+        require_negatives(cfg, table(ids), seed=0)
+
+
+# ---------------------------------------------------------------- while training
+
+
+def test_matching_at_its_prior_is_said_once(caplog):
+    watch = Watch(steps_per_epoch=100)
+    for step in range(400):
+        watch.step(f"step {step}", 0.6365 + 0.05 * (-1) ** step, 0.07)
+    (record,) = [r for r in caplog.records if "loss_itm" in r.message]
+    assert record.message.startswith("warning: step 99") and "pretrained" in record.message
+    caplog.clear()
+    watch = Watch(100)
+    for _ in range(400):
+        watch.step("", 0.60, 0.07)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("temp", "limit"), [(0.001, "0.001"), (0.0009, "0.001"), (0.5, "0.5"), (0.51, "0.5")])
+def test_a_temperature_at_its_limit_is_said_once(caplog, temp, limit):
+    watch = Watch(100)
+    for value in (0.07, temp, temp):
+        watch.step("epoch 0, step 1", 0.5, float(torch.tensor(value)))
+    (record,) = caplog.records
+    assert f"limit {limit} " in record.message and "temp_lr_scale" in record.message
+
+
+def test_recall_within_noise_of_chance():
+    chance = {f"chance_{way}_r{k}": 100 * k / 300 for way in ("txt", "img") for k in (1, 10)}
+    reported = {"txt_r1": 0.33, "txt_r10": 2.67, "img_r1": 0.33, "img_r10": 3.67}  # what users took for a result
+    assert within_noise({**chance, **reported}, 300, 300)
+    assert not within_noise({**chance, **reported, "img_r10": 6.0}, 300, 300)
+    assert not within_noise({**chance, **reported, "txt_r1": 2.0}, 300, 300)
+    full = {**chance, **reported, "chance_txt_r10": 100.0, "txt_r10": 100.0}
+    assert within_noise(full, 300, 300)  # a gallery of ten says nothing in R@10
+
+
+def test_chance_level_is_said_after_an_epoch(tiny_run, capsys, monkeypatch):
+    monkeypatch.setattr(train_retrieval, "within_noise", lambda *args: True)
+    assert run(tiny_run) == 0
+    assert capsys.readouterr().err.count("within noise of chance") == 1  # not once an epoch
+
+
+def test_a_long_list_of_images_goes_to_a_file(tiny_run, capsys, monkeypatch):
+    original = train_retrieval.compute_gradients
+
+    def broken(*args):
+        report = original(*args)
+        report.sums.fill_(float("inf"))
+        return report
+
+    monkeypatch.setattr(train_retrieval, "compute_gradients", broken)
+    assert run(tiny_run, "--set", "global_batch_size=12") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    path = tiny_run / "out" / "nonfinite_batch.txt"
+    assert error.startswith("error: epoch 0, step 0") and f"and 2 more, all in {path}" in error
+    assert "the start of the run" in error and len(path.read_text().splitlines()) == 12
+
+
+def test_scores_that_are_not_finite_stop_the_run(tiny_run, capsys, monkeypatch):
+    original = train_retrieval.rerank
+
+    def broken(*args):
+        ranking = original(*args)
+        if list(tiny_run.glob("out/log.txt")):  # after the first epoch
+            ranking.itm.i2t_value[0, 0] = float("nan")
+        return ranking
+
+    monkeypatch.setattr(train_retrieval, "rerank", broken)
+    assert run(tiny_run) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: custom val: 1 of") and "not finite" in error and "last good state" in error
+    assert [line["epoch"] for line in lines(tiny_run / "out" / "log.txt")] == [-1]
+
+
+# ---------------------------------------------------------------- odd and broken images
+
+
+def odd_images(folder) -> None:
+    """Training images of every odd kind that can be decoded, and two that cannot."""
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (40, 30, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
+    kinds = [
+        lambda path: picture.convert("CMYK").save(path, "JPEG"),
+        lambda path: Image.fromarray(rng.integers(0, 65536, (20, 20)).astype(np.uint16)).save(path, "PNG"),
+        lambda path: picture.quantize(8).save(path, "PNG", transparency=bytes([0, 128])),
+        lambda path: picture.save(path, "JPEG", exif=exif),
+        lambda path: frames[0].save(path, "GIF", save_all=True, append_images=frames[1:]),
+        lambda path: Image.new("1", (1, 1)).save(path, "PNG"),
+        lambda path: Image.new("L", (1, 500)).save(path, "PNG"),
+        lambda path: picture.convert("LA").save(path, "PNG"),
+        lambda path: path.write_bytes(path.read_bytes()[:60]),
+        lambda path: Image.new("1", (10000, 10000)).save(path, "PNG"),  # 100 megapixels
+    ]
+    for i, make in enumerate(kinds):
+        make(folder / "images" / f"train_{i}.png")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_odd_images_train_and_broken_ones_are_skipped_and_counted(tiny_run, capsys, workers):
+    odd_images(tiny_run)
+    assert run(tiny_run) == 2
+    assert "2 of 12 images are unreadable: image train_8.png" in capsys.readouterr().err
+    assert run(tiny_run, "--set", "on_bad_image=skip", f"num_workers={workers}", "max_epoch=1") == 0
+    messages = capsys.readouterr().err
+    *_, epoch, _ = lines(tiny_run / "out" / "log.txt")
+    assert epoch["train_skipped"] == 4  # two images with two captions each
+    assert "epoch 0: 4 times another image took the place of an unreadable one" in messages
+    assert "on_bad_image skip leaves them out of training" in messages
+
+
+def test_training_stops_at_a_broken_image_that_the_sample_missed(tiny_run, capsys, monkeypatch):
+    monkeypatch.setattr(checks, "QUICK_IMAGES", 1)
+    (tiny_run / "images" / "train_3.png").write_bytes(b"")
+    assert run(tiny_run) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: image train_3.png")
+
+
+def test_messages_below_warning_stay_silent_elsewhere(caplog):
+    found = checks.Findings(["a fact"], ["a warning"], [])
+    with caplog.at_level(logging.INFO):
+        found.act()
+    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
+    with pytest.raises(ValueError, match="first .2 more: --check lists all."):
+        checks.Findings(errors=["first", "b", "c"]).act()
