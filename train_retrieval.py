@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -40,6 +41,7 @@ from models.checkpoint import (
     save_run,
 )
 from models.download import RELEASED, cache_folder
+from models.dry_run import DrySizes, dry_run
 from models.machine import auto_keep_graphs, compile_encoders
 from models.meters import LossMeter, NotFinite, Watch
 from models.rerank import own_blocks, rerank
@@ -76,6 +78,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, help="run folder (default: output/<name of the config>)")
     parser.add_argument("--evaluate", action="store_true", help="only evaluate val and test, touching no checkpoint")
     parser.add_argument("--check", action="store_true", help="look for mistakes in config, data, checkpoint and disk")
+    parser.add_argument("--dry_run", action="store_true", help="measure memory, speed and hours on a few steps")
     parser.add_argument("--device", default="auto", help="cuda, cuda:N or cpu (default: cuda when there is one)")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument(
@@ -105,9 +108,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         found.act()
         torch.manual_seed(args.seed)  # the same random weights on every process
         model = build_model(cfg).to(device)
-        if not args.evaluate:
+        if args.dry_run:
+            measure(model, job)
+        elif args.evaluate:
+            evaluate_only(model, job)
+        else:
             return train(model, job)
-        evaluate_only(model, job)
     except (ValueError, OSError) as error:  # OSError: a disk that fills up, for instance
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -139,6 +145,11 @@ class Job:
     def folder(self) -> Path:
         return self.args.output_dir
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """What decides the numbers of a run, in plain values; it goes into every checkpoint."""
+        return asdict(self.cfg) | {"seed": self.args.seed}
+
 
 def preflight(cfg: RetrievalConfig, args: argparse.Namespace) -> tuple[Job, Findings]:
     """Read the annotations; on rank 0 find what is wrong (with `--check` in all of it) before anything is written."""
@@ -149,7 +160,7 @@ def preflight(cfg: RetrievalConfig, args: argparse.Namespace) -> tuple[Job, Find
         return job, found
     found.add(check_data(cfg, job.splits, args.check))
     found.attempt(lambda: found.add(check_model(job)))
-    if not args.evaluate and not args.resume and (job.folder / LOG).exists():
+    if not (args.evaluate or args.resume or args.dry_run) and (job.folder / LOG).exists():
         found.errors.append(
             f"--output_dir {job.folder} already holds a run: continue it with --resume auto, or name another folder."
         )
@@ -190,6 +201,19 @@ def check_checkpoint(model: BLIP_Retrieval, source: str, job: Job) -> Findings:
             "set pretrained to a pre-trained checkpoint such as model_base.pth, or lower init_lr"
         )
     return found
+
+
+def measure(model: BLIP_Retrieval, job: Job) -> None:
+    """Print what the run would cost here, from a few steps on its first batch; writes nothing."""
+    cfg, table, val = job.cfg, job.splits["train"], job.splits["val"]
+    if cfg.pretrained:
+        load_pretrained(model, cfg.pretrained, cfg.cache_dir)
+    sampler = recipe_sampler(cfg, len(table.captions), job.args.seed, get_world_size(), get_rank())
+    batch = next(iter(train_loader(cfg, table, sampler, model.temp.device)))
+    sizes = DrySizes(len(table.captions), len(val.images), len(val.captions))
+    for line in dry_run(model, cfg, sizes, batch, model.temp.device):
+        if is_main():
+            print(line)
 
 
 def print_report(found: Findings) -> int:
@@ -284,10 +308,10 @@ def train(model: BLIP_Retrieval, job: Job) -> int:
         warn_near_chance(watch, job.splits["val"], "val", stats)
         if stats["val_r_mean"] > state.best or state.best_epoch < 0:
             state.best, state.best_epoch = stats["val_r_mean"], epoch
-            save_checkpoint(folder / BEST, model, optimizer, asdict(cfg), epoch)
+            save_checkpoint(folder / BEST, model, optimizer, job.config, epoch)
         record(folder / LOG, {"epoch": epoch, **stats, "best_epoch": state.best_epoch})
         state.epoch, state.step, state.meters = epoch + 1, 0, {}
-        save_run(folder, model, optimizer, asdict(cfg), state, cfg.keep_last)
+        save_run(folder, model, optimizer, job.config, state, cfg.keep_last)
         barrier()
     load_pretrained(model, str(folder / BEST))
     record(folder / LOG, {"best_epoch": state.best_epoch, **evaluate(model, job, "test")})
@@ -298,7 +322,7 @@ def train(model: BLIP_Retrieval, job: Job) -> int:
 def start_run(model: BLIP_Retrieval, optimizer: torch.optim.Optimizer, job: Job) -> RunState:
     """The state to go on from: a run's own (`--resume`), or the beginning, from `pretrained` or random weights."""
     cfg, folder, source = job.cfg, job.folder, job.args.resume
-    state = resume(source, folder, model, optimizer, asdict(cfg)) if source else None
+    state = resume(source, folder, model, optimizer, job.config) if source else None
     if state is None and cfg.pretrained:
         load_pretrained(model, cfg.pretrained, cfg.cache_dir)
     if is_main():  # the first thing that is written
@@ -345,7 +369,7 @@ def train_one_epoch(
         due = cfg.save_every_steps and state.step % cfg.save_every_steps == 0 and state.step < steps
         if due or meter.stop_requested:
             meter.save(state)
-            save_run(job.folder, model, optimizer, asdict(cfg), state, cfg.keep_last)
+            save_run(job.folder, model, optimizer, job.config, state, cfg.keep_last)
         if meter.stop_requested:
             return None
     return {f"train_{k}": v for k, v in meter.means(cfg.on_bad_image == "skip").items()} | {"train_lr": lr}

@@ -33,14 +33,12 @@ from torch.nn import functional as F
 from benchmarks.rerank_ways import STEPS, restructurings, slow_ways
 from data.metrics import retrieval_metrics
 from models.blip_retrieval import BLIP_Retrieval
+from models.dry_run import synthetic_captions
 from models.packed import EncodedImages, EncodedTexts, score_pairs
 from models.rerank import encode_images, encode_texts, needed_pairs, own_blocks, rank_encoded, shortlist
-from transform.text import CLS, MAX_TOKENS, SEP, TokenizedText
+from transform.text import MAX_TOKENS, TokenizedText
 from utils import memory_mb, precision, setup_logging
 
-# Captions of 8, 9, ... 35 tokens among COCO's 25,000 test captions.
-LENGTHS = (1147, 2729, 4513, 5069, 4241, 3048, 1963, 1216, 721, 423, 288, 179, 127, 89, 50, 41, 36, 25, 25, 17, 4, 9, 7,
-           9, 8, 7, 8, 8)  # fmt: skip
 LATENT, NOISE, HUBNESS = 32, 1.1, 0.4  # of the planted features: 383 to 2855 pairs per image at COCO's size
 BATCH = 64  # images encoded at once
 SLOW = {"published": "published algorithm", "transformers": "transformers, image tokens cached"}
@@ -92,12 +90,7 @@ def plant_gallery(num_images: int, num_texts: int, vocab_size: int) -> Gallery:
     common = HUBNESS * rng.standard_normal(LATENT)
     around = latent[owner] + NOISE * rng.standard_normal((num_texts, LATENT))
     feats = (F.normalize(torch.from_numpy(x + common).float(), dim=1) for x in (latent, around))
-    lengths = rng.choice(np.arange(8, 36), num_texts, p=np.array(LENGTHS) / sum(LENGTHS))[:, None]
-    place = np.arange(MAX_TOKENS)
-    ids = np.where(place < lengths, rng.integers(1000, vocab_size - 2, (num_texts, MAX_TOKENS)), 0)
-    ids[:, 0] = CLS
-    np.put_along_axis(ids, lengths - 1, SEP, axis=1)
-    text = TokenizedText(torch.from_numpy(ids), torch.from_numpy((place < lengths).astype(np.int64)))
+    text = synthetic_captions(num_texts, vocab_size)
     return Gallery(*feats, np.arange(num_images), owner, text)
 
 

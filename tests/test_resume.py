@@ -112,7 +112,7 @@ def test_a_changed_config_is_named(tiny_run, capsys):
 def test_the_launcher_restarts_a_killed_rank_and_the_job_recovers(tiny_run):
     text = json.loads((tiny_run / "med.json").read_text())
     (tiny_run / "med.json").write_text(json.dumps(text))
-    restarted = sabotaged(tiny_run, "SIGKILL", STEPS_PER_EPOCH + 3, *LAUNCHER, "2", "--max_restarts=1", rank=1)
+    restarted = sabotaged(tiny_run, "SIGKILL", STEPS_PER_EPOCH + 3, *LAUNCHER, "2", "--max_restarts=3", rank=1)
     assert restarted.returncode == 0, restarted.stderr[-3000:]
     assert (tiny_run / "marker").exists()
     for name in ("log.txt", "checkpoint_best.pth"):

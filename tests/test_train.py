@@ -170,3 +170,10 @@ def test_a_second_run_into_the_same_folder_is_refused(tiny_run, capsys):
     assert run(tiny_run) == 2
     assert "--resume auto" in capsys.readouterr().err
     assert (tiny_run / "out" / "log.txt").read_text() == '{"epoch": 0}\n'
+
+
+def test_dry_run_measures_and_writes_nothing(tiny_run, capsys):
+    assert run(tiny_run, "--dry_run") == 0
+    printed = capsys.readouterr().out
+    assert "images/s" in printed and "epoch" in printed and "evaluation" in printed
+    assert not (tiny_run / "out").exists()

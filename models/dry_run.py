@@ -1,0 +1,277 @@
+"""What a run will cost on this machine, measured before it starts: steps, re-ranking, and the largest micro-batch.
+
+Shapes: n samples of a step on this process, S pixels a side, L text tokens, N images and M captions of a gallery.
+"""
+
+import platform
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.blip_retrieval import BLIP_Retrieval
+from models.machine import auto_keep_graphs, compile_encoders
+from models.packed import score_pairs
+from models.rerank import encode_images, encode_texts
+from models.train_step import train_step
+from transform.text import CLS, MAX_TOKENS, SEP, TokenizedText
+from utils import all_reduce_sum, average_gradients, build_optimizer, get_world_size, memory_mb, precision
+
+# Captions of 8, 9, ... 35 tokens among the 25,000 of COCO's Karpathy test split.
+CAPTION_LENGTHS = (1, 147, 2729, 4513, 5069, 4241, 3048, 1963, 1216, 721, 423, 288, 179, 127, 89, 50, 41, 36, 25, 25,
+                   17, 4, 9, 7, 9, 8, 7, 8)  # fmt: skip
+WARM_UP, TIMED = 2, 3  # steps
+CPU_SECONDS = 10.0  # a slow machine times so many samples a step that it lasts about this long
+
+
+class DrySizes(NamedTuple):
+    """What the run goes through."""
+
+    train_captions: int
+    val_images: int
+    val_captions: int
+
+
+class Batch(NamedTuple):
+    """Samples of a step on the host, the first fields of what a loader yields."""
+
+    image: Tensor  # (n, 3, S, S)
+    text: TokenizedText
+    idx: Tensor  # (n,)
+
+
+def synthetic_captions(count: int, vocab_size: int, seed: int = 0) -> TokenizedText:
+    """Random words with the lengths of COCO's captions: (count, 35)."""
+    rng = np.random.default_rng(seed)
+    share = np.array(CAPTION_LENGTHS) / sum(CAPTION_LENGTHS)
+    lengths = rng.choice(np.arange(8, MAX_TOKENS + 1), count, p=share)[:, None]
+    place = np.arange(MAX_TOKENS)
+    first_word = min(1000, vocab_size // 2)
+    ids = np.where(place < lengths, rng.integers(first_word, vocab_size - 2, (count, MAX_TOKENS)), 0)
+    ids[:, 0] = CLS
+    np.put_along_axis(ids, lengths - 1, SEP, axis=1)
+    return TokenizedText(torch.from_numpy(ids), torch.from_numpy((place < lengths).astype(np.int64)))
+
+
+def synthetic_batch(count: int, image_size: int, vocab_size: int, seed: int = 0) -> Batch:
+    """Random pixels and words, every sample of another image."""
+    pixels = torch.randn(count, 3, image_size, image_size, generator=torch.Generator().manual_seed(seed))
+    return Batch(pixels, synthetic_captions(count, vocab_size, seed), torch.arange(count))
+
+
+def dry_run(model: BLIP_Retrieval, cfg: Any, sizes: DrySizes, batch: Any, device: torch.device) -> list[str]:
+    """Report lines on memory, speed and hours under a resolved config; it leaves the model trained on noise.
+
+    `batch` is a TrainBatch of this process or None for random samples. Only the loader is in none of the times. Every
+    process must call it. ValueError if not a single sample fits into memory.
+    """
+    local = cfg.global_batch_size // get_world_size()
+    if batch is None:
+        batch = synthetic_batch(local, cfg.image_size, model.text_encoder.config.vocab_size)
+    if cfg.compile:
+        compile_encoders(model)
+    trial = Trial(model, cfg, Batch(batch.image, batch.text, batch.idx), build_optimizer(model, cfg), device)
+    model.train()
+    with precision(model, cfg.precision):
+        micro_batch, memory_line = fitting_micro_batch(trial, local)
+        kept = cfg.keep_graphs
+        if kept == "auto":
+            kept = auto_keep_graphs(model, cfg.image_size, micro_batch, local, trial.optimizer)
+        seconds, timed, megabytes = time_steps(trial, local, micro_batch, kept)
+    rates = evaluation_rates(model.eval(), cfg, sizes)
+    return [
+        f"{hardware(device)}; ViT-{cfg.vit} at {cfg.image_size} px, {cfg.precision}, torch {torch.__version__}",
+        f"training step: {seconds:.2f} s for {cfg.global_batch_size} samples ({cfg.ranks_emulated} ranks), "
+        f"{cfg.global_batch_size / seconds:.1f} images/s{'' if timed == local else f', from {timed} samples a step'}; "
+        f"micro-batches of {micro_batch}, {min(max(kept, micro_batch), local)} of {local} image graphs kept",
+        f"peak memory: {megabytes / 1e3:.1f} GB{_total_memory(device)}",
+        memory_line,
+        *hours(cfg, sizes, seconds, rates),
+    ]
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+class Trial(NamedTuple):
+    """What a step needs."""
+
+    model: BLIP_Retrieval
+    cfg: Any
+    batch: Batch
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+
+    def gradients(self, samples: int, ranks: int, micro_batch: int, keep_graphs: int) -> None:
+        """The gradients of the first `samples`."""
+        text = TokenizedText(*(x[:samples] for x in self.batch.text))
+        image, idx = (x[:samples].to(self.device, non_blocking=True) for x in (self.batch.image, self.batch.idx))
+        self.model.zero_grad()
+        train_step(self.model, image, text, idx, self.cfg.alpha, ranks, micro_batch, keep_graphs)
+
+    def update(self) -> None:
+        average_gradients(self.model)
+        self.optimizer.step()
+
+
+def fitting_micro_batch(trial: Trial, local: int) -> tuple[int, str]:
+    """batch_size_train, or less if that does not fit, and a line about the largest that does."""
+    wanted = min(trial.cfg.batch_size_train, local)
+    if trial.device.type != "cuda" or get_world_size() > 1:
+        why = "on a CPU memory is not what limits it" if trial.device.type != "cuda" else "use one process to search"
+        return wanted, f"largest batch_size_train that fits: not searched, {why}"
+
+    def fits(size: int) -> bool:
+        try:
+            trial.gradients(min(2 * size, local), 1, size, 0)
+            trial.update()  # the optimizer's state takes its place before anything larger is tried
+            torch.cuda.synchronize(trial.device)
+            return True
+        except torch.OutOfMemoryError:
+            pass
+        trial.model.zero_grad()
+        torch.cuda.empty_cache()
+        return False
+
+    largest = largest_that_fits(fits, wanted, local)
+    if not largest:
+        raise ValueError(
+            "not a single image fits into GPU memory: set vit_grad_ckpt true with vit_ckpt_layer at the number of "
+            "blocks, precision bf16, or a smaller image_size."
+        )
+    lower = "" if largest >= wanted else f"; {wanted} does not fit: set batch_size_train to {largest}, same method"
+    return min(wanted, largest), f"largest batch_size_train that fits: {largest} (of {local} samples a step){lower}"
+
+
+def largest_that_fits(fits: Callable[[int], bool], start: int, most: int) -> int:
+    """Double `start` while it fits, up to `most`, or halve it until it does; 0 if nothing fits."""
+    size = start
+    while size and not fits(size):
+        size //= 2
+    while size >= start and size < most and fits(min(2 * size, most)):
+        size = min(2 * size, most)
+    return size
+
+
+def time_steps(trial: Trial, local: int, micro_batch: int, keep_graphs: int) -> tuple[float, int, float]:
+    """Seconds of a whole step, samples it was measured on, peak memory in MB.
+
+    Where a step takes minutes, fewer samples are timed; what is done once a step is timed apart and not scaled.
+    """
+    samples, ranks = local, trial.cfg.ranks_emulated // get_world_size()
+    if trial.device.type != "cuda":
+        probe, _ = _seconds(trial.device, lambda: trial.gradients(2, 1, micro_batch, keep_graphs))
+        samples = max(2, min(local, int(2 * CPU_SECONDS / probe)))
+        ranks = ranks if samples == local else 1
+
+    def step() -> None:
+        trial.gradients(samples, ranks, micro_batch, keep_graphs)
+        trial.update()
+
+    for _ in range(WARM_UP):
+        step()
+    if trial.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(trial.device)
+    seconds = median(_seconds(trial.device, step)[0] for _ in range(TIMED))
+    if samples < local:
+        once, _ = _seconds(trial.device, lambda: (trial.update(), trial.model.update_momentum()))
+        once = min(once, seconds)
+        seconds = (seconds - once) * local / samples + once
+    return seconds, samples, memory_mb(trial.device)
+
+
+def _seconds(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
+    """How long it takes, the mean over processes so that all decide alike, and what it returns."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    result = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elapsed = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=device)
+    return all_reduce_sum(elapsed).item() / get_world_size(), result
+
+
+# ---- evaluation -----------------------------------------------------------------------------------------------------
+
+
+class Rates(NamedTuple):
+    """Per second, of all processes together."""
+
+    images: float
+    texts: float
+    pairs: float
+
+
+@torch.inference_mode()
+def evaluation_rates(model: BLIP_Retrieval, cfg: Any, sizes: DrySizes) -> Rates:
+    """Encode and score a small random gallery, with as many pairs an image as the real one has."""
+    device, cuda = model.temp.device, model.temp.device.type == "cuda"
+    own, num_texts = (min(16, cfg.batch_size_test), 2048) if cuda else (1, 32)
+    num_images = own * get_world_size()  # one block for each process
+    pixels = torch.randn(own, 3, cfg.image_size, cfg.image_size)
+    captions = synthetic_captions(num_texts, model.text_encoder.config.vocab_size)
+    with precision(model, "tf32" if cfg.eval_precision == "tf32" else "fp32"):  # the encoders', as in `rerank`
+        for _ in range(2):  # the first warms up
+            image_seconds, images = _seconds(device, lambda: encode_images(model, [pixels], num_images, own))
+            text_seconds, texts = _seconds(device, lambda: encode_texts(model, captions, cfg.rerank_tokens))
+    real = -(-max_pairs(cfg, sizes) // sizes.val_images)  # pairs of an image
+    with precision(model, cfg.eval_precision):
+        for per_image in (min(8 * 4**i, real) for i in range(20)):  # until it lasts a second: small sets mislead
+            image = np.repeat(np.arange(num_images), per_image)
+            text = np.arange(len(image)) % len(texts.lengths)
+            score = partial(score_pairs, model, images, texts, image, text, cfg.rerank_tokens)
+            if per_image <= 8:
+                score()  # warms up
+            pair_seconds, _ = _seconds(device, score)
+            if per_image == real or pair_seconds > 1:
+                break
+    return Rates(num_images / image_seconds, num_texts / text_seconds, len(image) / pair_seconds)
+
+
+def max_pairs(cfg: Any, sizes: DrySizes) -> int:
+    """Both directions' shortlists; they share about a sixth of their pairs on COCO, so this is an upper bound."""
+    images, captions = sizes.val_images, sizes.val_captions
+    return min(images * captions, images * min(cfg.k_test, captions) + captions * min(cfg.k_test, images))
+
+
+# ---- report ---------------------------------------------------------------------------------------------------------
+
+
+def hours(cfg: Any, sizes: DrySizes, step_seconds: float, rates: Rates) -> list[str]:
+    """Lines on an epoch, an evaluation and the whole run."""
+    steps = sizes.train_captions // cfg.global_batch_size
+    pairs = max_pairs(cfg, sizes)
+    epoch = steps * step_seconds
+    evaluation = sizes.val_images / rates.images + sizes.val_captions / rates.texts + pairs / rates.pairs
+    total = cfg.max_epoch * epoch + (cfg.max_epoch + 2) * evaluation  # before, after each epoch, and the test split
+    return [
+        f"an epoch: {epoch / 3600:.3g} h, {steps} steps of {cfg.global_batch_size} from {sizes.train_captions} captions "
+        "if the loader keeps up",
+        f"an evaluation: {evaluation / 3600:.3g} h for {sizes.val_images} images and {sizes.val_captions} captions "
+        f"({rates.images:.1f} images/s, {rates.texts:.0f} captions/s, at most {pairs} pairs at {rates.pairs:.0f}/s)",
+        f"the run: {total / 3600:.3g} h, {cfg.max_epoch} epochs and {cfg.max_epoch + 2} evaluations",
+    ]
+
+
+def hardware(device: torch.device) -> str:
+    """The device's name and how many of it this run uses."""
+    if device.type == "cuda":
+        return f"{get_world_size()} x {torch.cuda.get_device_name(device)}"
+    info, name = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
+    if info.is_file():
+        lines = info.read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {get_world_size()} x {torch.get_num_threads()} threads"
+
+
+def _total_memory(device: torch.device) -> str:
+    if device.type != "cuda":
+        return " of host memory"
+    return f" of {torch.cuda.get_device_properties(device).total_memory / 1e9:.1f} GB on the GPU"
