@@ -44,8 +44,17 @@ def init_distributed(device: str = "auto") -> torch.device:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
+        _join("nccl" if device.startswith("cuda") else "gloo")
     return torch.device(device)
+
+
+def _join(backend: str) -> None:
+    store, rank, size = next(dist.rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        # The launcher keeps its store over restarts: without a name of their own, restarted processes may look for
+        # each other at the addresses of dead ones, and wait. (Several machines do not share one count.)
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(hours=2))
 
 
 def get_world_size() -> int:
