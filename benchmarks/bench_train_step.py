@@ -17,6 +17,7 @@ counted without computing, on tensors without memory.
 """
 
 import argparse
+import random
 import shlex
 import sys
 import time
@@ -30,15 +31,16 @@ from unittest import mock
 import torch
 from fairscale.nn.checkpoint.checkpoint_activations import disable_checkpointing
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.published import published_step
 from models.blip_retrieval import BLIP_Retrieval
-from models.dry_run import Batch, hardware, synthetic_batch
+from models.dry_run import Batch, hardware, synthetic_batch, synthetic_captions
 from models.machine import auto_keep_graphs, compile_encoders
 from models.train_step import RetrievalStep, train_step
-from transform.text import TokenizedText
+from transform.text import VOCAB_SIZE, TokenizedText
 from utils import memory_mb, precision, setup_logging
 
 ALPHA, CKPT_LAYERS = 0.4, 4
@@ -160,13 +162,18 @@ def compare_gradients(model: BLIP_Retrieval, batch: Batch, args: argparse.Namesp
 
 def count_flops(args: argparse.Namespace) -> dict[str, float]:
     """FLOP a sample at the full size of the step, counted on shapes alone."""
-    with torch.device("meta"):
-        model = build_model(args).train()
-    host = synthetic_batch(args.batch, args.image_size, model.text_encoder.config.vocab_size)
-    batch, share = (first_samples(host, n, torch.device("meta")) for n in (args.batch, args.batch // args.ranks))
+    lengths = synthetic_captions(args.batch, VOCAB_SIZE).attention_mask.sum(1).tolist()
     next_one = lambda weights: [(i + 1) % weights.shape[1] for i in range(len(weights))]  # noqa: E731
-    counts = {"published": flops(lambda: published(model, share, 1, next_one)) / len(share.idx)}
-    with mock.patch.object(RetrievalStep, "draw_negatives", draw_on_the_host):
+    on_host = mock.patch.object(RetrievalStep, "draw_negatives", draw_on_the_host)
+    texts_of = mock.patch("models.train_step._pool_text", lambda text, *_: (text, lengths))
+    no_values = mock.patch("torch.nn.init.trunc_normal_", lambda x, **_: x)  # it reads one
+    with FakeTensorMode(), on_host, texts_of, no_values:
+        model = build_model(args).train()
+        ids = torch.zeros(args.batch, max(lengths), dtype=torch.long)
+        image = torch.zeros(args.batch, 3, args.image_size, args.image_size)
+        batch = Batch(image, TokenizedText(ids, ids), torch.arange(args.batch))
+        share = first_samples(batch, args.batch // args.ranks, image.device)
+        counts = {"published": flops(lambda: published(model, share, 1, next_one)) / len(share.idx)}
         for words, keep in (("all graphs kept", args.batch), ("one micro-batch kept", 0)):
             counts[words] = flops(lambda keep=keep: ours(model, batch, args, keep)) / args.batch
     return counts
@@ -174,11 +181,9 @@ def count_flops(args: argparse.Namespace) -> dict[str, float]:
 
 def draw_on_the_host(step: RetrievalStep, pool: slice) -> None:
     """Uniform negatives, where features have no values."""
-    count = pool.stop - pool.start
-    generator = torch.Generator().manual_seed(pool.start)
+    rng, count = random.Random(pool.start), pool.stop - pool.start
     for drawn in (step.negative_image, step.negative_text):
-        shift = torch.randint(1, count, (count,), generator=generator)
-        drawn[pool] = (pool.start + (torch.arange(count) + shift) % count).tolist()
+        drawn[pool] = [pool.start + (i + rng.randrange(1, count)) % count for i in range(count)]
 
 
 def flops(work: Callable[[], None]) -> int:
