@@ -252,7 +252,8 @@ def hours(cfg: Any, sizes: DrySizes, step_seconds: float, rates: Rates) -> list[
     evaluation = sizes.val_images / rates.images + sizes.val_captions / rates.texts + pairs / rates.pairs
     total = cfg.max_epoch * epoch + (cfg.max_epoch + 2) * evaluation  # before, after each epoch, and the test split
     return [
-        f"an epoch: {epoch / 3600:.3g} h, {steps} steps of {cfg.global_batch_size} of {sizes.train_captions} captions "
+        f"an epoch: {epoch / 3600:.3g} h, {steps} steps of {cfg.global_batch_size} "
+        f"from {sizes.train_captions} captions "
         "if the loader keeps up",
         f"an evaluation: {evaluation / 3600:.3g} h for {sizes.val_images} images and {sizes.val_captions} captions "
         f"({rates.images:.1f} images/s, {rates.texts:.0f} captions/s, at most {pairs} pairs at {rates.pairs:.0f}/s)",
