@@ -80,7 +80,9 @@ class RetrievalConfig:
 
     # --- speed and memory
     precision: str = knob("fp32", "arithmetic of training; losses and momentum update stay fp32", choices=PRECISIONS)
-    eval_precision: str = knob("fp32", "arithmetic of evaluation", choices=PRECISIONS)
+    eval_precision: str = knob(
+        "fp32", "of evaluation; bf16: close calls again in float32, so Recall is float32's", choices=PRECISIONS
+    )
     keep_graphs: int | str = knob("auto", "images per step kept for backward, not recomputed; auto: what fits", 0)
     compile: bool = knob(False, "torch.compile the encoders: minutes of start for faster steps")
 

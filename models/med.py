@@ -4,7 +4,7 @@ Sources: Devlin et al. 2019 (arXiv 1810.04805), Li et al. 2022 (arXiv 2201.12086
 published checkpoints'. The tests hold it against transformers' `BlipTextModel`.
 
 One layer serves two arrangements of tokens, which only know how queries meet keys:
-`PaddedTexts` (training: a rectangle with a mask) and `models/rerank.py`'s `PackedTexts` (evaluation: no padding).
+`PaddedTexts` (training: a rectangle with a mask) and `models/packed.py`'s `PackedTexts` (evaluation: no padding).
 
 Shapes: P texts (one for each image-text pair when matching), L tokens, D hidden width, H heads, d = D / H,
 m images, N image tokens, V image width.

@@ -22,8 +22,6 @@ from utils import Progress, all_reduce_sum
 # All but cuDNN's attention: it plans each new shape for tens of milliseconds, and here every pass has new shapes.
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
-CPU_TOKENS = 1024  # of a pass on a CPU: larger ones leave its caches, and each layer's memory is mapped afresh
-
 
 @dataclass(frozen=True)
 class EncodedTexts:
@@ -128,8 +126,6 @@ def score_pairs(
 ) -> np.ndarray:
     """Matching logits (P,) of pairs (image, distinct text) in image order; each process scores its own images."""
     device = model.temp.device
-    if device.type == "cpu":
-        tokens_per_pass = min(tokens_per_pass, CPU_TOKENS)
     scores = torch.zeros(len(image), dtype=model.temp.dtype, device=device)
     spans = [np.searchsorted(image, [block.start, block.stop]) for block in images.blocks]
     progress = Progress("re-rank", int(sum(end - begin for begin, end in spans)), "pairs")
