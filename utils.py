@@ -42,7 +42,8 @@ def init_distributed(device: str = "auto") -> torch.device:
         raise ValueError(f"--device {device}: there is no such device. Use cpu, cuda, or cuda:N of a GPU that exists.")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(device)
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)  # fairscale saves the random state of the current device
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         _join("nccl" if device.startswith("cuda") else "gloo")
     return torch.device(device)

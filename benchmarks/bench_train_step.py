@@ -1,6 +1,6 @@
 """The published training step against this repository's, on the same weights and batch: time, memory, arithmetic.
 
-    python -m benchmarks.bench_train_step --device cpu --threads 2 --image_size 96 --batch 4
+    python -m benchmarks.bench_train_step --device cpu --threads 2 --image_size 384 --batch 2 --warm_up 1
     python -m benchmarks.bench_train_step --device cuda --precision fp32 tf32 bf16
     python -m benchmarks.bench_train_step --device cuda --precision bf16 --batch 256 --ranks 8 --micro_batch 32
     python -m benchmarks.bench_train_step --count_only --batch 256 --ranks 8 --micro_batch 32   # no GPU needed

@@ -48,12 +48,14 @@ def published_step(
     image_tokens = model.encode_image(image)  # of all ranks: gathering keeps the graph
     image_feat = model.image_feature(image_tokens)
     with model.autocast():
-        text_feat = model.text_feature(model.text_encoder(text))
+        text_states = model.text_encoder(text)
+    text_feat = model.text_feature(text_states)
     with torch.no_grad():
         momentum_loop(model)
         with model.autocast():
-            image_feat_m = F.normalize(model.vision_proj_m(model.visual_encoder_m(image)[:, 0].to(image.dtype)), dim=-1)
-            text_feat_m = F.normalize(model.text_proj_m(model.text_encoder_m(text)[:, 0].to(image.dtype)), dim=-1)
+            image_states, text_states = model.visual_encoder_m(image)[:, 0], model.text_encoder_m(text)[:, 0]
+        image_feat_m = F.normalize(model.vision_proj_m(image_states.to(image.dtype)), dim=-1)
+        text_feat_m = F.normalize(model.text_proj_m(text_states.to(image.dtype)), dim=-1)
     image_queue, text_queue, idx_queue = (q.clone() for q in (model.image_queue, model.text_queue, model.idx_queue))
     model.enqueue(image_feat_m, text_feat_m, idx)
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from models.itc import EMPTY, TEMP_RANGE
 from models.med import BertModel, MedConfig, PairRows, load_med_config
+from models.ragged import RaggedTexts
 from models.train_step import RetrievalStep
 from models.vit import VisionTransformer
 from transform.text import ENC, TokenizedText, tokenize
@@ -82,7 +83,8 @@ class BLIP_Retrieval(nn.Module):
         Returns (loss_ita, loss_itm) of this process. Clamps the temperature, moves the momentum twins and writes the
         queues, so call it once a step. `models.train_step.train_step` computes the same in micro-batches.
         """
-        step = RetrievalStep(self, image, as_tokens(caption, image.device), idx, alpha, snapshot_queues=True)
+        text = caption if isinstance(caption, TokenizedText) else tokenize(caption)
+        step = RetrievalStep(self, image, text, idx, alpha, snapshot_queues=True)
         everything = slice(0, len(image))
         loss_t2i = step.text_loss(everything)
         image_tokens = step.encode_image(everything)
@@ -104,10 +106,10 @@ class BLIP_Retrieval(nn.Module):
         with self.autocast():
             return self.visual_encoder(image, cls_only)
 
-    def encode_text(self, text: TokenizedText) -> Tensor:
+    def encode_text(self, text: TokenizedText, rows: RaggedTexts | None = None) -> Tensor:
         """ids (b, L) -> [CLS] state (b, 1, D), without an image."""
         with self.autocast():
-            return self.text_encoder(text, cls_only=True)
+            return self.text_encoder(text, rows=rows, cls_only=True)
 
     def image_feature(self, image_tokens: Tensor) -> Tensor:
         """(b, N, V) -> unit-length embedding of [CLS] (b, E), float32 or wider."""
@@ -117,7 +119,9 @@ class BLIP_Retrieval(nn.Module):
         """(b, L, D) -> unit-length embedding of [CLS] (b, E), float32 or wider."""
         return _feature(self.text_proj, text_states)
 
-    def match(self, text: TokenizedText, image_tokens: Tensor, rows: PairRows | None = None) -> Tensor:
+    def match(
+        self, text: TokenizedText, image_tokens: Tensor, rows: PairRows | RaggedTexts | None = None
+    ) -> Tensor:
         """Matching logits (P, 2), [:, 1] = match, of texts (P, L) and images (m, N, V); `rows`: which meets which."""
         text = as_match_input(text)
         with self.autocast():
@@ -146,11 +150,13 @@ class BLIP_Retrieval(nn.Module):
         torch._foreach_lerp_(twin, online, 1 - self.momentum)
 
     @torch.no_grad()
-    def momentum_features(self, image: Tensor, text: TokenizedText) -> tuple[Tensor, Tensor]:
+    def momentum_features(
+        self, image: Tensor, text: TokenizedText, rows: RaggedTexts | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Embeddings (b, E), (b, E) by the twins. They stay in train mode (dropout, drop-path), as BLIP's do."""
         with self.autocast():
             image_tokens = self.visual_encoder_m(image, cls_only=True)
-            text_states = self.text_encoder_m(text, cls_only=True)
+            text_states = self.text_encoder_m(text, rows=rows, cls_only=True)
         return _feature(self.vision_proj_m, image_tokens), _feature(self.text_proj_m, text_states)
 
     @torch.no_grad()
@@ -165,12 +171,6 @@ class BLIP_Retrieval(nn.Module):
         self.text_queue[:, slots] = text_feat.T.to(self.text_queue.dtype)
         self.idx_queue[0, slots] = idx
         self.ptr_queue.add_(len(idx)).remainder_(self.queue_size)
-
-
-def as_tokens(caption: Sequence[str] | TokenizedText, device: torch.device) -> TokenizedText:
-    """Token ids on the device, from strings or from what a loader's collate made."""
-    text = caption if isinstance(caption, TokenizedText) else tokenize(caption)
-    return text.to(device)
 
 
 def as_match_input(text: TokenizedText) -> TokenizedText:

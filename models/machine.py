@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from models.blip_retrieval import BLIP_Retrieval
 from models.itm import PAIRS_PER_SAMPLE
-from models.med import Intermediate, PairRows, ResidualOutput
+from models.med import Intermediate, ResidualOutput
+from models.ragged import RaggedTexts
 from models.vit import VitBlock
 from transform.text import MAX_TOKENS, TokenizedText
 
@@ -89,7 +90,8 @@ def _run_micro_batch(model: BLIP_Retrieval, image_size: int, size: int, before: 
         graph = torch.cuda.memory_allocated(device) - before
         torch.cuda.reset_peak_memory_stats(device)
         ids = torch.ones(PAIRS_PER_SAMPLE * size, MAX_TOKENS, dtype=torch.long, device=device)
-        rows = PairRows([pair // PAIRS_PER_SAMPLE for pair in range(len(ids))], size, device)
+        image = [pair // PAIRS_PER_SAMPLE for pair in range(len(ids))]
+        rows = RaggedTexts([MAX_TOKENS] * len(ids), device, image, size)
         logits = model.match(TokenizedText(ids, torch.ones_like(ids)), image_tokens, rows)
         (logits.sum() + model.image_feature(image_tokens).sum()).backward()
         return graph, torch.cuda.max_memory_allocated(device) - before

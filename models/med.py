@@ -3,8 +3,8 @@
 Sources: Devlin et al. 2019 (arXiv 1810.04805), Li et al. 2022 (arXiv 2201.12086, section 3.1). Parameter names are the
 published checkpoints'. The tests hold it against transformers' `BlipTextModel`.
 
-One layer serves two arrangements of tokens, which only know how queries meet keys:
-`PaddedTexts` (training: a rectangle with a mask) and `models/packed.py`'s `PackedTexts` (evaluation: no padding).
+One layer serves three arrangements of tokens, which only know how queries meet keys: `PaddedTexts` (a rectangle with a
+mask, the plain one), `models/ragged.py`'s `RaggedTexts` (training) and `models/packed.py`'s `PackedTexts` (evaluation).
 
 Shapes: P texts (one for each image-text pair when matching), L tokens, D hidden width, H heads, d = D / H,
 m images, N image tokens, V image width.
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.ragged import RaggedTexts
 from transform.text import TokenizedText
 
 
@@ -103,6 +104,12 @@ class PaddedTexts:
     def __init__(self, attention_mask: Tensor, rows: PairRows | None = None, padded: bool = True):
         self.mask = attention_mask.bool()[:, None, None, :] if padded else None  # (P, 1, 1, L)
         self.rows = rows
+
+    def pack(self, x: Tensor) -> Tensor:
+        return x
+
+    def unpack(self, x: Tensor) -> Tensor:
+        return x
 
     def first(self, x: Tensor) -> Tensor:
         return x[:, :1]  # (P, 1, D)
@@ -232,24 +239,24 @@ class BertModel(nn.Module):
         self,
         text: TokenizedText,
         image_tokens: Tensor | None = None,
-        rows: PairRows | None = None,
+        rows: PairRows | RaggedTexts | None = None,
         cls_only: bool = False,
         padded: bool = True,
     ) -> Tensor:
         """ids (P, L), image tokens (m, N, V) -> (P, L, D); with cls_only (P, 1, D), the last layer's rest not computed.
 
-        `rows` says which image each text looks at (absent: text p at image p). `padded=False` promises that the mask
-        is all ones.
+        `rows` says which image each text looks at (absent: text p at image p); RaggedTexts, with cls_only, takes the
+        padding out. `padded=False` promises that the mask is all ones.
         """
         if image_tokens is not None and rows is None:
             rows = PairRows(list(range(len(image_tokens))), len(image_tokens), image_tokens.device)
-        texts = PaddedTexts(text.attention_mask, rows, padded)
-        x = self.embeddings(text.input_ids)
+        texts = rows if isinstance(rows, RaggedTexts) else PaddedTexts(text.attention_mask, rows, padded)
+        x = texts.pack(self.embeddings(text.input_ids))
         last = len(self.encoder.layer) - 1
         for i, layer in enumerate(self.encoder.layer):
             x = layer.text_part(x, texts, cls_only and i == last)
             x = layer.image_part(x, texts, image_tokens)
-        return x
+        return texts.unpack(x)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.blip_retrieval import BLIP_Retrieval
+from models.ragged import on_device
 from utils import Progress, all_reduce_sum
 
 # All but cuDNN's attention: it plans each new shape for tens of milliseconds, and here every pass has new shapes.
@@ -108,12 +109,6 @@ class _Order:
 def ranges(start: np.ndarray, length: np.ndarray) -> np.ndarray:
     """start[0], start[0] + 1, ... (length[0] of them), start[1], ..."""
     return np.repeat(start - (np.cumsum(length) - length), length) + np.arange(length.sum())
-
-
-def on_device(device: torch.device, index: np.ndarray) -> Tensor:
-    """Host integers on the device, without making the host wait for what the GPU still has to do."""
-    host = torch.from_numpy(index)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 def score_pairs(

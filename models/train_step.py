@@ -23,12 +23,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from models import itc, itm
-from models.med import PairRows
+from models.ragged import RaggedTexts, on_device
 from transform.text import MAX_TOKENS, TokenizedText
 from utils import all_gather, get_rank, get_world_size
 
@@ -75,7 +76,7 @@ class RetrievalStep:
         model.clamp_temp()
         model.update_momentum()
         features = [
-            model.momentum_features(image[rows], self._trim(self.offset + rows.start, self.offset + rows.stop))
+            model.momentum_features(image[rows], *self._own_texts(rows))
             for rows in slices(0, len(image), micro_batch or len(image))
         ]
         self.image_feat_m, self.text_feat_m = (torch.cat(column) for column in zip(*features, strict=True))  # (n, E)
@@ -84,8 +85,7 @@ class RetrievalStep:
 
     def text_loss(self, rows: slice) -> Tensor:
         """Half the t2i contrast of these texts, weighted so that all rows of the process sum to its mean."""
-        text = self._trim(self.offset + rows.start, self.offset + rows.stop)
-        feat = self.model.text_feature(self.model.encode_text(text))
+        feat = self.model.text_feature(self.model.encode_text(*self._own_texts(rows)))
         self.text_feat[rows] = feat.detach()
         return self._contrast(feat, rows, self.text_feat_m, self.image_feat_m, self.image_queue)
 
@@ -147,10 +147,10 @@ class RetrievalStep:
         first, last = self.offset + rows.start, self.offset + rows.stop
         pairs = itm.pairs_by_image(first, last, self.negative_image, self.negative_text)
         device = image_tokens.device
-        length = max(self.lengths[text] for text in pairs.text)
-        index, label, owner = _on_device([pairs.text, pairs.label, pairs.owner], device)  # (P,) each
-        text = TokenizedText(*(x[:, :length][index] for x in self.pool_text))
-        logits = self.model.match(text, image_tokens, PairRows(pairs.image, len(image_tokens), device))  # (P, 2)
+        index, label, owner = on_device(device, np.array([pairs.text, pairs.label, pairs.owner]))  # (P,) each
+        text = TokenizedText(*(x[index] for x in self.pool_text))
+        texts = RaggedTexts([self.lengths[i] for i in pairs.text], device, pairs.image, len(image_tokens))
+        logits = self.model.match(text, image_tokens, texts)  # (P, 2)
         loss = F.cross_entropy(logits, label, reduction="none")  # (P,)
         per_rank = itm.PAIRS_PER_SAMPLE * self.batch
         first_rank = 0 if self.model.negative_all_rank else get_rank() * self.ranks
@@ -162,10 +162,10 @@ class RetrievalStep:
     def _note(self, rank: Tensor, column: int, values: Tensor) -> None:
         self.sums[:, column].index_add_(0, rank, values.detach().to(self.sums.dtype))
 
-    def _trim(self, first: int, last: int) -> TokenizedText:
-        """Texts first..last-1 of the pool, padded to the longest of them."""
-        length = max(self.lengths[first:last])
-        return TokenizedText(*(x[first:last, :length] for x in self.pool_text))
+    def _own_texts(self, rows: slice) -> tuple[TokenizedText, RaggedTexts]:
+        """The texts of these samples and where their tokens lie."""
+        own = slice(self.offset + rows.start, self.offset + rows.stop)
+        return TokenizedText(*(x[own] for x in self.pool_text)), RaggedTexts(self.lengths[own], self.image.device)
 
 
 class StepReport(NamedTuple):
@@ -255,8 +255,3 @@ def _pool_text(text: TokenizedText, all_rank: bool, device: torch.device) -> tup
     padded = (F.pad(x, (0, missing)) for x in text.to(device, non_blocking=True))  # ids with PAD = 0, masks with 0
     pool = TokenizedText(*map(all_gather, padded))
     return pool, pool.attention_mask.sum(1).tolist()
-
-
-def _on_device(rows: list[list[int]], device: torch.device) -> Tensor:
-    """Host integers (k, P) on the device in one copy, which does not wait for what the GPU still has to do."""
-    return torch.tensor(rows, pin_memory=device.type == "cuda").to(device, non_blocking=True)

@@ -32,7 +32,7 @@ class VitBlock(Block):
     """
 
     def forward(self, x: Tensor, autocast_dtype: torch.dtype | None = None) -> Tensor:
-        with torch.autocast(_autocast_device(x), dtype=autocast_dtype, enabled=autocast_dtype is not None):
+        with torch.autocast(x.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
             return super().forward(x)
 
     def forward_cls(self, x: Tensor) -> Tensor:
@@ -76,16 +76,12 @@ class VisionTransformer(nn.Module):
         """(b, 3, S, S) -> (b, N, V); with cls_only (b, 1, V), the last block's other outputs never computed."""
         x = self.patch_embed(image)  # (b, N - 1, V)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
-        device = _autocast_device(x)
+        device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         for block in self.blocks[:-1]:
             x = block(x, autocast_dtype=dtype)
         last = self.blocks[-1]
         return self.norm(last.forward_cls(x) if cls_only else last(x, autocast_dtype=dtype))
-
-
-def _autocast_device(x: Tensor) -> str:
-    return "cpu" if x.is_meta else x.device.type  # tensors without memory know no autocast; they count arithmetic
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -1,13 +1,15 @@
 """The training step against the published algorithm: losses, every parameter's gradient, queues, in float64."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
+from fairscale.nn.checkpoint import checkpoint_wrapper
 
 from benchmarks.published import published_step
-from models.train_step import train_step
-from tests.conftest import random_captions, tiny_model
+from models.train_step import RetrievalStep, train_step
+from tests.conftest import random_captions, tiny_med, tiny_model
 from tests.golden import NOISE, argmax_instead_of_sampling
 from transform.text import tokenize
 
@@ -115,8 +117,6 @@ def test_drop_path_is_replayed_when_an_image_is_encoded_again(monkeypatch):
 def test_dropout_changes_nothing_in_expectation():
     """With dropout the step is random as BLIP's is: same mean loss over many draws, and not the same each time."""
     image, text, idx = inputs()
-    from tests.conftest import tiny_med
-
     model = half_filled(tiny_model(F64, med_config=tiny_med(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)))
     start = copy.deepcopy(model.state_dict())
     ours, theirs = [], []
@@ -124,8 +124,6 @@ def test_dropout_changes_nothing_in_expectation():
         for losses in (ours, theirs):
             model.load_state_dict(start)
             torch.manual_seed(seed)
-            with torch.no_grad():
-                pass
             if losses is ours:
                 model.zero_grad()
                 losses.append(train_step(model, image, text, idx, 0.3, micro_batch=4).sums[0, :2])
@@ -136,6 +134,56 @@ def test_dropout_changes_nothing_in_expectation():
     assert ours.std(0).min() > 0
     spread = (ours.var(0) + theirs.var(0)).div(12).sqrt()
     assert ((ours.mean(0) - theirs.mean(0)).abs() < 4 * spread).all()
+
+
+@pytest.mark.parametrize("negative_all_rank", [True, False])
+def test_bfloat16_stays_near_float32(monkeypatch, negative_all_rank):
+    """Encoders under autocast; features, contrast, queues and momentum weights stay float32."""
+    argmax_instead_of_sampling(monkeypatch)
+    image, text, idx = inputs()
+    model = half_filled(tiny_model(F64, negative_all_rank=negative_all_rank)).float()
+    exact, plain, checkpointed = (copy.deepcopy(model) for _ in range(3))
+    for block in checkpointed.visual_encoder.blocks:
+        checkpoint_wrapper(block)
+    plain.autocast_dtype = checkpointed.autocast_dtype = torch.bfloat16
+    step = RetrievalStep(copy.deepcopy(plain), image.float(), text, idx, 0.3, RANKS)
+    rows = slice(0, 3)
+    assert step.image_feat_m.dtype == step.text_feat_m.dtype == step.text_loss(rows).dtype == torch.float32
+    tokens = step.encode_image(slice(0, 12))
+    step.draw_negatives(slice(0, 12)) if negative_all_rank else [step.draw_negatives(pool) for pool in step.pools()]
+    assert {loss.dtype for loss in step.image_loss(rows, tokens[rows])} == {torch.float32}
+    reports = [train_step(m, image.float(), text, idx, 0.3, RANKS, 3) for m in (exact, plain, checkpointed)]
+    torch.testing.assert_close(reports[1].sums[:, :2], reports[0].sums[:, :2], rtol=0.02, atol=0)
+    assert torch.equal(reports[1].sums, reports[2].sums)
+    for name, buffer in plain.named_buffers():
+        assert buffer.dtype == dict(exact.named_buffers())[name].dtype
+    torch.testing.assert_close(plain.state_dict()["vision_proj_m.weight"], exact.state_dict()["vision_proj_m.weight"])
+    expected, again = gradients(exact), gradients(checkpointed)
+    for name, grad in gradients(plain).items():
+        assert grad.dtype == torch.float32 and grad.isfinite().all(), name
+        torch.testing.assert_close(again[name], grad, rtol=1e-3, atol=1e-6)
+        if grad.numel() > 1000:
+            assert torch.cosine_similarity(grad.flatten(), expected[name].flatten(), 0) > 0.99, name
+
+
+@pytest.mark.parametrize("negative_all_rank", [True, False])
+def test_the_host_reads_nothing_but_the_draws(monkeypatch, negative_all_rank):
+    """On tensors without values any read fails: what would make the host wait for a GPU."""
+    image, text, idx = inputs()
+    pools = []
+
+    def draw(step, pool):
+        pools.append(pool)
+        for drawn in (step.negative_image, step.negative_text):
+            drawn[pool] = [pool.start + (i + 1) % (pool.stop - pool.start) for i in range(pool.stop - pool.start)]
+
+    monkeypatch.setattr(RetrievalStep, "draw_negatives", draw)
+    monkeypatch.setattr("torch.is_autocast_enabled", lambda *_: False)
+    monkeypatch.setattr("torch.autocast", lambda *_, **__: nullcontext())  # neither knows the device
+    model = tiny_model(negative_all_rank=negative_all_rank).to("meta").train()
+    report = train_step(model, image.float().to("meta"), text, idx.to("meta"), 0.3, RANKS, micro_batch=2)
+    assert report.sums.is_meta and model.itm_head.weight.grad.is_meta
+    assert len(pools) == (1 if negative_all_rank else RANKS)
 
 
 def test_a_pool_of_one_image_is_reported():

@@ -1,0 +1,46 @@
+"""Texts without padding against the plain rectangle: same states, same gradients, with and without an image."""
+
+import pytest
+import torch
+
+from models.med import BertModel, PairRows
+from models.ragged import RaggedTexts
+from tests.conftest import random_captions, tiny_med
+from transform.text import MAX_TOKENS, tokenize
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("captions", [random_captions(7), ["a dog", "a cat", "red man"], ["", "table"]])
+@pytest.mark.parametrize("with_image", [True, False])
+def test_equals_padded_texts(captions, with_image):
+    model = BertModel(tiny_med(encoder_width=48)).double()
+    text = tokenize(captions)
+    lengths = text.attention_mask.sum(1).tolist()
+    wide = type(text)(*(torch.nn.functional.pad(x, (0, MAX_TOKENS - x.shape[1])) for x in text))
+    image_of_text = sorted([3, 1, 1, 0, 3, 3, 1][: len(captions)])  # image 2 has no text
+    tokens = [torch.randn(4, 5, 48, generator=torch.Generator().manual_seed(1)).double().requires_grad_() for _ in "ab"]
+    rows = (PairRows(image_of_text, 4, CPU), RaggedTexts(lengths, CPU, image_of_text, 4))
+    results = []
+    for padded, image_tokens, row in zip((text, wide), tokens, rows, strict=True):
+        if not with_image:
+            image_tokens, row = None, None if padded is text else RaggedTexts(lengths, CPU)
+        model.zero_grad()
+        states = model(padded, image_tokens, row, cls_only=True)
+        assert states.shape == (len(captions), 1, 64)
+        states.square().sum().backward()
+        results.append((states, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=1e-12)
+    assert results[0][1].keys() == results[1][1].keys()
+    for name, grad in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], grad, rtol=1e-10, atol=1e-12, msg=name)
+    if with_image:
+        torch.testing.assert_close(tokens[0].grad, tokens[1].grad, rtol=1e-10, atol=1e-12)
+
+
+def test_images_must_ascend_and_only_first_states_come_out():
+    with pytest.raises(AssertionError, match="order"):
+        RaggedTexts([2, 3], CPU, [1, 0], 2)
+    model = BertModel(tiny_med())
+    with pytest.raises(AssertionError, match="cls_only"):
+        model(tokenize(["a dog", "cat"]), rows=RaggedTexts([4, 3], CPU))
