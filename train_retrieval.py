@@ -24,7 +24,6 @@ from torch.utils.data import DataLoader
 from configs.schema import RetrievalConfig, load_config, resolve, save_config
 from data.annotations import SPLITS, Annotations, available_splits, load_annotations
 from data.checks import Findings, check_data
-from data.images import find_path
 from data.loaders import eval_image_loader, recipe_sampler, train_loader
 from data.metrics import chance_metrics, recall_table, retrieval_metrics, within_noise
 from data.recipe import check_disk, check_recipe, require_negatives
@@ -52,6 +51,7 @@ from utils import (
     barrier,
     broadcast_model,
     build_optimizer,
+    find_path,
     from_main,
     generator,
     get_rank,

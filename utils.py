@@ -1,4 +1,4 @@
-"""Processes, logging, schedules and seeds. Every helper is the identity for one process."""
+"""Processes, logging, files, schedules and seeds. Every helper is the identity for one process."""
 
 import json
 import logging
@@ -18,6 +18,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+try:
+    import fcntl
+except ImportError:  # no file locks on this system
+    fcntl = None
 
 log = logging.getLogger("blip")
 
@@ -176,6 +181,37 @@ def memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+# ---- files -------------------------------------------------------------------------------------------------------
+
+REPOSITORY = Path(__file__).resolve().parent
+
+
+def find_path(path: str | os.PathLike) -> Path:
+    """A relative path from the working directory or, if it is not there, from the repository root."""
+    here = Path(path).expanduser()
+    there = REPOSITORY / here  # an absolute path stays what it is
+    return there if there.exists() and not here.exists() else here
+
+
+@contextmanager
+def file_lock(path: Path, waiting: str = "") -> Iterator[None]:
+    """Exclusive over processes, which log `waiting` while they do; the system releases it when its holder dies.
+
+    Without file locks (Windows) two processes may both do the work, and the first to finish wins.
+    """
+    if fcntl is None:
+        yield
+        return
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting:
+                log.info("%s", waiting)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 # ---- run folder ---------------------------------------------------------------------------------------------------

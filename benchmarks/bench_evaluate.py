@@ -15,14 +15,12 @@ Shapes: N images and M texts of the gallery, k shortlist, B images and C texts o
 """
 
 import argparse
-import platform
 import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -30,14 +28,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks import set_up
 from benchmarks.rerank_ways import STEPS, restructurings, slow_ways
 from data.metrics import retrieval_metrics
 from models.blip_retrieval import BLIP_Retrieval
-from models.dry_run import synthetic_captions
+from models.dry_run import hardware, synthetic_captions
 from models.packed import EncodedImages, EncodedTexts, score_pairs
 from models.rerank import encode_images, encode_texts, needed_pairs, own_blocks, rank_encoded, shortlist
 from transform.text import MAX_TOKENS, TokenizedText
-from utils import memory_mb, precision, setup_logging
+from utils import memory_mb, precision
 
 LATENT, NOISE, HUBNESS = 32, 1.1, 0.4  # of the planted features: 383 to 2855 pairs per image at COCO's size
 BATCH = 64  # images encoded at once
@@ -296,16 +295,10 @@ def markdown(rows: list[tuple], args: argparse.Namespace) -> list[str]:
 
 def setting(args: argparse.Namespace, device: torch.device, pair_image: np.ndarray) -> list[str]:
     """Command, machine and shapes."""
-    name = platform.processor()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    elif Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
     per_image = np.bincount(pair_image, minlength=args.gallery[0])
     return [
         f"`python -m benchmarks.bench_evaluate {shlex.join(sys.argv[1:])}`",
-        f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}; ViT-{args.vit} at {args.image_size} px",
+        f"{hardware(device)}, torch {torch.__version__}; ViT-{args.vit} at {args.image_size} px",
         f"pairs per image {per_image.min()} to {per_image.max()}, mean {per_image.mean():.0f}; "
         f"peak host memory {memory_mb(torch.device('cpu')):,.0f} MB",
     ]
@@ -313,10 +306,7 @@ def setting(args: argparse.Namespace, device: torch.device, pair_image: np.ndarr
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    setup_logging()
-    torch.set_num_threads(args.threads or torch.get_num_threads())
-    torch.manual_seed(0)
-    device = torch.device(args.device)
+    device = set_up(args)
     model = BLIP_Retrieval(args.med_config, args.image_size, args.vit, queue_size=64).to(device).eval()
     gallery = plant_gallery(*args.gallery, model.text_encoder.config.vocab_size)
     with torch.inference_mode():

@@ -35,13 +35,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import set_up
 from benchmarks.published import published_step
 from models.blip_retrieval import BLIP_Retrieval
 from models.dry_run import Batch, hardware, synthetic_batch, synthetic_captions
 from models.machine import auto_keep_graphs, compile_encoders
 from models.train_step import RetrievalStep, train_step
 from transform.text import VOCAB_SIZE, TokenizedText
-from utils import memory_mb, precision, setup_logging
+from utils import memory_mb, precision
 
 ALPHA, CKPT_LAYERS = 0.4, 4
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -334,10 +335,7 @@ def table(ways: list[Way], apart: dict[str, tuple[float, float]], args: argparse
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    setup_logging()
-    torch.set_num_threads(args.threads or torch.get_num_threads())
-    torch.manual_seed(0)
-    device = torch.device(args.device)
+    device = set_up(args)
     lines = arithmetic_lines(args)
     if args.count_only:
         print("\n".join(lines))

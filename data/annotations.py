@@ -17,10 +17,10 @@ from urllib.request import urlopen
 
 import numpy as np
 
-from data.images import find_path
 from data.rows import Row, read_rows
 from data.scenes import ensure_scenes, one_process_at_a_time
 from transform.text import MAX_WORDS, clean_caption
+from utils import find_path
 
 logger = logging.getLogger(__name__)
 

@@ -17,17 +17,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from data.scenes import ARCHIVE
+from utils import find_path
 
 MAX_BYTES = 1 << 30  # of one image file: a .zip of kilobytes can hold a member that unpacks to all of the memory
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # ImageStore.load refuses such pictures
-REPOSITORY = Path(__file__).resolve().parent.parent
-
-
-def find_path(path: str | os.PathLike) -> Path:
-    """A relative path from the working directory or, if it is not there, from the repository root."""
-    here = Path(path).expanduser()
-    there = REPOSITORY / here  # an absolute path stays what it is
-    return there if there.exists() and not here.exists() else here
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -20,9 +20,9 @@ from typing import Any
 from configs.schema import load_config
 from data.annotations import FILES, SPLITS, URL, Annotations, build_annotations
 from data.checks import Findings, check_images
-from data.images import ImageStore, find_path
+from data.images import ImageStore
 from data.rows import read_rows
-from utils import setup_logging
+from utils import find_path, setup_logging
 
 COUNTS = {  # images and captions of each split, as BLIP's files have them
     "coco": {"train": (113287, 566747), "val": (5000, 25010), "test": (5000, 25010)},

@@ -27,10 +27,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-try:
-    import fcntl
-except ImportError:  # Windows has no flock: two processes may then both draw, and the first to finish wins
-    fcntl = None
+from utils import file_lock
 
 logger = logging.getLogger(__name__)
 
@@ -288,12 +285,9 @@ def one_process_at_a_time(path: Path) -> Iterator[None]:
     The lock file lies in the system's folder for temporary files and stays there (removing it would let a third process
     lock a new one while a second still waits on the old); the lock itself ends with the process, so none is left over.
     """
-    if fcntl is None:
-        yield
-        return
     name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
-    with open(Path(tempfile.gettempdir()) / f"blip-retrieval-{os.getuid()}-{name}.lock", "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    with file_lock(Path(tempfile.gettempdir()) / f"blip-retrieval-{user}-{name}.lock"):
         yield
 
 

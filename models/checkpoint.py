@@ -37,7 +37,7 @@ from models.weights import (
     require_equal_sizes,
     resample_pos_embed,
 )
-from utils import setup_logging
+from utils import find_path, setup_logging
 
 __all__ = [
     "LoadReport", "RunState", "find_runs", "load_pretrained", "load_run", "resume", "save_checkpoint", "save_run",
@@ -140,7 +140,7 @@ def export_folder(source: str, folder: Path, config: str = "") -> LoadReport:
     sizes = read_sizes(file.state, file.name)
     if config:
         cfg = load_config(config)
-        med = load_med_config(_find(cfg.med_config))
+        med = load_med_config(find_path(cfg.med_config))
         _require_equal_heads(file, med)
         width, depth = VIT_SIZES[cfg.vit][:2]
         sizes = Sizes(width, depth, cfg.patch_size, cfg.image_size, cfg.embed_dim, sizes.text)
@@ -192,12 +192,6 @@ def text_config(file: WeightFile, sizes: Sizes) -> MedConfig:
         )
     log.info("%s: does not say how many text attention heads it has; taking %d wide ones", file.name, HEAD_WIDTH)
     return MedConfig(num_attention_heads=hidden // HEAD_WIDTH, **sizes.text)
-
-
-def _find(path: str) -> Path:
-    """A relative path from the working directory or, if it is not there, from the repository root."""
-    here, there = Path(path).expanduser(), Path(__file__).parents[1] / path
-    return here if here.exists() else there
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------

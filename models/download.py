@@ -15,14 +15,12 @@ import ssl
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import torch
 
-from utils import Progress
+from utils import Progress, file_lock
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +73,8 @@ def _fetch(address: str, folder: Path) -> Path:
     path = folder / _file_name(address)
     if path.exists():
         return path
-    with _lock(path.with_name(path.name + ".lock"), path.name):
+    waiting = f"another process is downloading {path.name}: waiting"
+    with file_lock(path.with_name(path.name + ".lock"), waiting):
         if not path.exists():  # another process may have brought it meanwhile
             part = path.with_name(path.name + ".part")
             _download(address, part)
@@ -91,20 +90,6 @@ def _file_name(address: str) -> str:
     if address == RELEASES + name:
         return name
     return f"{Path(name).stem}-{hashlib.sha256(address.encode()).hexdigest()[:8]}{Path(name).suffix}"
-
-
-@contextmanager
-def _lock(path: Path, name: str) -> Iterator[None]:
-    """Exclusive over processes; the system releases it when its holder dies."""
-    import fcntl  # absent on Windows, where only local files can be loaded
-
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("another process is downloading %s: waiting", name)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _download(address: str, part: Path) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.images import REPOSITORY, ImageStore, find_path, require_images
+from data.images import ImageStore, require_images
+from utils import REPOSITORY, find_path
 
 
 def noise(seed: int = 0, shape: tuple[int, ...] = (9, 7, 3)) -> np.ndarray:

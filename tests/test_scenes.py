@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+import utils
 from data import scenes
 from data.images import ImageStore
 from data.scenes import AXES, Scene, Thing, arrangements, captions_of, choose_scenes, draw_scene, ensure_scenes
@@ -165,7 +166,7 @@ def test_other_peoples_files_are_not_replaced(tmp_path, few):
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
-@pytest.mark.skipif(scenes.fcntl is None, reason="no file locks on this system")
+@pytest.mark.skipif(utils.fcntl is None, reason="no file locks on this system")
 def test_two_processes_draw_once(tmp_path, few, monkeypatch):
     draw = scenes._write
 
