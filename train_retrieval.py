@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_model(cfg: RetrievalConfig) -> BLIP_Retrieval:
     names = ("image_size", "vit", "vit_grad_ckpt", "vit_ckpt_layer", "embed_dim", "queue_size", "momentum",
-             "negative_all_rank", "patch_size")  # fmt: skip
+             "negative_all_rank", "patch_size", "pos_embed_std")  # fmt: skip
     med_config = find_path(cfg.med_config)
     try:
         return BLIP_Retrieval(med_config=med_config, **{name: getattr(cfg, name) for name in names})

@@ -50,6 +50,7 @@ class RetrievalConfig:
     patch_size: int = knob(16, "side of an image patch in pixels; released checkpoints have 16", 1)
     image_size: int = knob(384, "side of the square input image in pixels, a multiple of patch_size", 1)
     med_config: str = knob("configs/med_config.json", "text encoder's JSON; sought in the repository too")
+    pos_embed_std: float = knob(0.02, "spread of the image position embeddings at the start, from random weights", 0, 1)
     embed_dim: int = knob(256, "width of the contrastive features; released checkpoints have 256", 1)
     vit_grad_ckpt: bool = knob(False, "recompute activations of image blocks in the backward pass to save memory")
     vit_ckpt_layer: int = knob(0, "number of last image blocks that vit_grad_ckpt recomputes", 0)

@@ -1,8 +1,8 @@
 """The embedded default data set `scenes`: two objects in a spatial relation, drawn from a seed, and their captions.
 
-Who is where decides what a caption means, and images come in families of the same words that differ only in that
-(places, colours, shapes, sizes or direction exchanged; half of a gallery, all of the training images), so image-text
-matching can add to a bag of words.
+Who is where decides what a caption means: every gallery consists of families of the same words in four arrangements
+(places, colours, sizes or direction exchanged), and every training scene has a twin with the places exchanged, both
+drawn several times, so that twins meet in a batch often enough to be mined as hard negatives.
 `python -m data.scenes --out DIR [--seed 0]` draws it; `load_annotations` does so on first use. It writes
 `images.zip` (PNG, stored: read as fast as 7,000 files, and kinder to a shared file system), `train.json`, `val.json`,
 `test.json` (layout of the Karpathy splits) and `stamp.json` (what was drawn, so that a change redraws).
@@ -31,23 +31,24 @@ from utils import file_lock
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2  # raise it when the drawing changes: folders drawn by an older version are drawn again
-SIDE = 64  # pixels
+VERSION = 3  # raise it when the drawing changes: folders drawn by an older version are drawn again
+SIDE = 60  # pixels: nine cells of 20; the objects lie on either side of the middle one
+JITTER = 2.0  # pixels that an object may lie off the centre of its cell, in x and in y
 OVERSAMPLE = 4  # shapes are drawn this many times larger and averaged down, which smooths their edges
 TRAIN_IMAGES, VAL_IMAGES, TEST_IMAGES = 6000, 200, 500
-FAMILY = {"train": 16, "val": 2, "test": 2}  # images of the same words in other arrangements; 16 is all of them
-HARD_FRACTION = {"train": 1.0, "val": 0.5, "test": 0.5}  # share of the images that come in families
+DRAWINGS = 24  # pictures of each training scene; they share its image_id, so none is another's negative
+FAMILY = 4  # scenes of a gallery that use the same words
 ARCHIVE, STAMP = "images.zip", "stamp.json"
 
 COLOURS = {
     "red": (215, 25, 30), "orange": (250, 130, 10), "yellow": (250, 225, 30), "green": (25, 145, 45),
     "blue": (30, 70, 225), "purple": (140, 35, 165), "white": (250, 250, 250), "black": (12, 12, 12),
 }  # fmt: skip
-RADII = {"small": (5.0, 6.0), "large": (10.0, 11.6)}  # range in pixels of a 64-pixel picture
+RADII = {"small": (4.6, 5.4), "large": (7.6, 8.4)}  # range in pixels
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 REACH = 1.25  # no shape reaches further from its centre than this times its radius
 AXES = {"horizontal": ("to the left of", "to the right of"), "vertical": ("above", "below")}
-SIDE_PHRASES = {"horizontal": ("on its left", "on its right"), "vertical": ("above it", "below it")}
+PLACES = {"horizontal": ("on the left", "on the right"), "vertical": ("at the top", "at the bottom")}
 
 
 class Thing(NamedTuple):
@@ -91,16 +92,21 @@ def arrangements(scene: Scene) -> list[Scene]:
     return [other for other in dict.fromkeys(scenes) if other != scene]
 
 
+def swapped(scene: Scene) -> Scene:
+    """The scene with the places of its two objects exchanged."""
+    return Scene(scene.axis, scene.second, scene.first)
+
+
 def choose_scenes(split: str, count: int, used: set[Scene], rng: np.random.Generator) -> list[Scene]:
-    """`count` scenes not in `used` (which grows by them), `HARD_FRACTION` of them in families of the same words."""
+    """`count` different scenes not in `used` (which grows by them).
+
+    Those of `train` come in twins with exchanged places, those of a gallery in families of `FAMILY` arrangements.
+    """
     chosen: list[Scene] = []
-    hard = int(count * HARD_FRACTION[split])
     while len(chosen) < count:
         scene = random_scene(rng)
-        group = [scene]
-        if len(chosen) < hard:
-            others = arrangements(scene)
-            group += [others[i] for i in rng.permutation(len(others))[: min(FAMILY[split], hard - len(chosen)) - 1]]
+        others = [swapped(scene)] if split == "train" else arrangements(scene)
+        group = [scene, *(others[i] for i in rng.permutation(len(others))[: min(FAMILY, count - len(chosen)) - 1])]
         if used.isdisjoint(group):
             used.update(group)
             chosen += group
@@ -108,36 +114,34 @@ def choose_scenes(split: str, count: int, used: set[Scene], rng: np.random.Gener
 
 
 def captions_of(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """Three sentences: from the first object, mirrored from the second, and one around a random one of the two."""
+    """Three sentences: from the first object, mirrored from the second, and by their places, in either order."""
     axis, a, b = scene
     towards, back = AXES[axis]
-    on_first_side, on_second_side = SIDE_PHRASES[axis]
-    if rng.random() < 0.5:
-        third = f"there is {b} with {a} {on_first_side}"
-    else:
-        third = f"there is {a} with {b} {on_second_side}"
-    return [f"{a} {towards} {b}", f"{b} {back} {a}", third]
+    here, there = PLACES[axis]
+    parts = [f"{a} {here}", f"{b} {there}"]
+    third = " and ".join(parts if rng.random() < 0.5 else parts[::-1])
+    return [f"{a} {towards} {b}", f"{b} {back} {a}", f"there is {third}"]
 
 
 # ---------------------------------------------------------------- pictures
 
 
-def background(rng: np.random.Generator, side: int) -> np.ndarray:
-    """(side, side, 3) float32: plain, gradient, stripes or smooth noise, in muted mid-tones that no object has."""
+def background(rng: np.random.Generator) -> np.ndarray:
+    """(SIDE, SIDE, 3) float32: plain, gradient, stripes or smooth noise, in muted mid-tones that no object has."""
     base = rng.uniform(105, 165) + rng.uniform(-12, 12, 3)
     change = rng.uniform(-22, 22) + rng.uniform(-11, 11, 3)
     angle, kind = rng.uniform(0, 2 * math.pi), rng.integers(4)
-    y, x = np.mgrid[0:side, 0:side] / side - 0.5
+    y, x = np.mgrid[0:SIDE, 0:SIDE] / SIDE - 0.5
     along = x * math.cos(angle) + y * math.sin(angle)
     if kind == 0:
-        wave = np.zeros((side, side))
+        wave = np.zeros((SIDE, SIDE))
     elif kind == 1:
         wave = along * 1.4
     elif kind == 2:
         wave = 0.7 * np.sin(along * rng.uniform(18, 45))
     else:
         cells = Image.fromarray(rng.uniform(-1, 1, (int(rng.integers(5, 12)),) * 2).astype(np.float32))
-        wave = np.asarray(cells.resize((side, side), Image.Resampling.BICUBIC))
+        wave = np.asarray(cells.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
     return (base + wave[..., None] * change).astype(np.float32)
 
 
@@ -161,9 +165,9 @@ def polygon(shape: str, tilt: float) -> list[tuple[float, float]]:
     return [(x * cos - y * sin, x * sin + y * cos) for x, y in corners]
 
 
-def coverage(shape: str, centre: tuple[float, float], radius: float, tilt: float, side: int) -> np.ndarray:
-    """(side, side) float32 in [0, 1]: how much of each pixel the shape covers."""
-    mask = Image.new("L", (side * OVERSAMPLE,) * 2)
+def coverage(shape: str, centre: tuple[float, float], radius: float, tilt: float) -> np.ndarray:
+    """(SIDE, SIDE) float32 in [0, 1]: how much of each pixel the shape covers."""
+    mask = Image.new("L", (SIDE * OVERSAMPLE,) * 2)
     draw = ImageDraw.Draw(mask)
     x, y, r = (value * OVERSAMPLE for value in (*centre, radius))
     if shape in ("circle", "ring"):
@@ -175,32 +179,25 @@ def coverage(shape: str, centre: tuple[float, float], radius: float, tilt: float
     return np.asarray(mask.reduce(OVERSAMPLE), np.float32) / 255
 
 
-def place(scene: Scene, radii: list[float], rng: np.random.Generator, side: int) -> list[tuple[float, float]]:
-    """Centres (x, y) of the two objects: apart along the axis of the relation, and never further apart across it."""
-    reach = [REACH * r for r in radii]
-    gap = 0.03 * side
-    slack = side - 2 * sum(reach) - gap
-    before, between = rng.dirichlet((1, 1, 1))[:2] * slack
-    along = [before + reach[0]]
-    along.append(along[0] + reach[0] + gap + between + reach[1])
-    big = int(radii[1] > radii[0])  # placed first: the smaller one always finds room beside it
-    across = [0.0, 0.0]
-    across[big] = rng.uniform(reach[big], side - reach[big])
-    limit = 0.4 * (along[1] - along[0])
-    low, high = reach[1 - big], side - reach[1 - big]
-    across[1 - big] = rng.uniform(max(low, across[big] - limit), min(high, across[big] + limit))
-    centres = list(zip(along, across, strict=True))
-    return centres if scene.axis == "horizontal" else [(v, u) for u, v in centres]
+def place(scene: Scene, radii: list[float], rng: np.random.Generator) -> list[tuple[float, float]]:
+    """Centres (x, y) of the two objects, near the centres of two cells; both stay inside the frame."""
+    centres = []
+    for cell, radius in zip((1 / 6, 5 / 6), radii, strict=True):
+        reach = REACH * radius
+        along = cell * SIDE + rng.uniform(-JITTER, JITTER)
+        along, across = min(max(along, reach), SIDE - reach), SIDE / 2 + rng.uniform(-JITTER, JITTER)
+        centres.append((along, across) if scene.axis == "horizontal" else (across, along))
+    return centres
 
 
-def draw_scene(scene: Scene, rng: np.random.Generator, side: int = SIDE) -> Image.Image:
+def draw_scene(scene: Scene, rng: np.random.Generator) -> Image.Image:
     """The RGB picture of a scene; positions, sizes within their class, shades, tilt and background come from `rng`."""
-    picture = background(rng, side)
+    picture = background(rng)
     things = (scene.first, scene.second)
-    radii = [rng.uniform(*RADII[thing.size]) * side / 64 for thing in things]
-    for thing, centre, radius in zip(things, place(scene, radii, rng, side), radii, strict=True):
+    radii = [rng.uniform(*RADII[thing.size]) for thing in things]
+    for thing, centre, radius in zip(things, place(scene, radii, rng), radii, strict=True):
         colour = np.asarray(COLOURS[thing.colour]) + rng.uniform(-10, 10, 3)
-        share = coverage(thing.shape, centre, radius, rng.uniform(-0.12, 0.12), side)[..., None]
+        share = coverage(thing.shape, centre, radius, rng.uniform(-0.12, 0.12))[..., None]
         picture += share * (colour.astype(np.float32) - picture)
     return Image.fromarray(np.clip(picture + 0.5, 0, 255).astype(np.uint8))
 
@@ -211,7 +208,7 @@ def draw_scene(scene: Scene, rng: np.random.Generator, side: int = SIDE) -> Imag
 def stamp_of(seed: int) -> dict:
     """Everything that decides what is drawn, as it reads back from JSON."""
     counts = {"train": TRAIN_IMAGES, "val": VAL_IMAGES, "test": TEST_IMAGES}
-    kind = {"version": VERSION, "hard_fraction": HARD_FRACTION, "family": FAMILY}
+    kind = {"version": VERSION, "drawings": DRAWINGS, "family": FAMILY}
     return {**kind, "seed": seed, "side": SIDE, "images": counts}
 
 
@@ -252,14 +249,16 @@ def _write(folder: Path, seed: int) -> None:
     with zipfile.ZipFile(folder / ARCHIVE, "w", zipfile.ZIP_STORED) as archive:
         for number, split in enumerate(("test", "val", "train")):  # test first: it stays when TRAIN_IMAGES changes
             rng, rows = np.random.default_rng([seed, number]), []
-            scenes = choose_scenes(split, stamp["images"][split], used, rng)
-            for i, scene in enumerate(scenes):
+            images = stamp["images"][split]
+            scenes = choose_scenes(split, -(-images // DRAWINGS) if split == "train" else images, used, rng)
+            for i in range(images):
+                scene = scenes[i % len(scenes)]
                 rng = np.random.default_rng([seed, number, i])
                 name, captions, png = f"{split}/{i:05d}.png", captions_of(scene, rng), io.BytesIO()
                 draw_scene(scene, rng).save(png, "PNG", compress_level=1)
                 archive.writestr(zipfile.ZipInfo(name), png.getvalue())
                 if split == "train":
-                    rows += [{"image": name, "caption": caption, "image_id": i} for caption in captions]
+                    rows += [{"image": name, "caption": caption, "image_id": i % len(scenes)} for caption in captions]
                 else:
                     rows.append({"image": name, "caption": captions})
                 done += 1

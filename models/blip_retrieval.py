@@ -43,12 +43,13 @@ class BLIP_Retrieval(nn.Module):
         momentum: float = 0.995,
         negative_all_rank: bool = False,
         patch_size: int = 16,
+        pos_embed_std: float = 0.02,
     ):
         super().__init__()
         med = med_config if isinstance(med_config, MedConfig) else load_med_config(med_config)
 
         def build_vit() -> VisionTransformer:
-            return VisionTransformer(vit, image_size, patch_size, vit_grad_ckpt, vit_ckpt_layer)
+            return VisionTransformer(vit, image_size, patch_size, vit_grad_ckpt, vit_ckpt_layer, pos_embed_std)
 
         self.visual_encoder = build_vit()
         vision_width = self.visual_encoder.width

@@ -53,7 +53,15 @@ class VisionTransformer(nn.Module):
     therefore built by this constructor.
     """
 
-    def __init__(self, vit: str, image_size: int, patch_size: int = 16, grad_ckpt: bool = False, ckpt_layer: int = 0):
+    def __init__(
+        self,
+        vit: str,
+        image_size: int,
+        patch_size: int = 16,
+        grad_ckpt: bool = False,
+        ckpt_layer: int = 0,
+        pos_embed_std: float = 0.02,
+    ):
         super().__init__()
         width, depth, heads, drop_path = VIT_SIZES[vit]
         self.width, self.stochastic = width, drop_path > 0
@@ -68,7 +76,7 @@ class VisionTransformer(nn.Module):
         self.norm = norm(width)
         self.apply(_init_weights)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=pos_embed_std)
         for block in self.blocks[depth - ckpt_layer :] if grad_ckpt else ():
             checkpoint_wrapper(block)  # patches the block's forward in place; names stay
 

@@ -21,6 +21,14 @@ def test_equals_timm(vit):
     torch.testing.assert_close(ours(image, cls_only=True), tokens[:, :1], atol=1e-5, rtol=1e-5)
 
 
+def test_pos_embed_std_sets_the_spread_of_the_position_embeddings_alone():
+    for std in (0.02, 0.5):
+        torch.manual_seed(0)
+        vit = VisionTransformer("nano", 128, patch_size=8, pos_embed_std=std)
+        assert vit.pos_embed.std().item() == pytest.approx(std, rel=0.05)
+        assert vit.cls_token.abs().max() < 0.1 and vit.blocks[0].mlp.fc1.weight.std() < 0.03
+
+
 def test_drop_path_rates_of_vit_large():
     with torch.device("meta"):
         blocks = VisionTransformer("large", image_size=64).blocks
