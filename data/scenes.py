@@ -252,13 +252,14 @@ def _write(folder: Path, seed: int) -> None:
             images = stamp["images"][split]
             scenes = choose_scenes(split, -(-images // DRAWINGS) if split == "train" else images, used, rng)
             for i in range(images):
-                scene = scenes[i % len(scenes)]
+                scene_id = i % len(scenes)  # i itself but for training, whose scenes are drawn several times
+                scene = scenes[scene_id]
                 rng = np.random.default_rng([seed, number, i])
                 name, captions, png = f"{split}/{i:05d}.png", captions_of(scene, rng), io.BytesIO()
                 draw_scene(scene, rng).save(png, "PNG", compress_level=1)
                 archive.writestr(zipfile.ZipInfo(name), png.getvalue())
                 if split == "train":
-                    rows += [{"image": name, "caption": caption, "image_id": i % len(scenes)} for caption in captions]
+                    rows += [{"image": name, "caption": caption, "image_id": scene_id} for caption in captions]
                 else:
                     rows.append({"image": name, "caption": captions})
                 done += 1
