@@ -1,8 +1,8 @@
 """The embedded default data set `scenes`: two objects in a spatial relation, drawn from a seed, and their captions.
 
 Who is where decides what a caption means: every gallery consists of families of the same words in four arrangements
-(places, colours, sizes or direction exchanged), and every training scene has a twin with the places exchanged, both
-drawn several times, so that twins meet in a batch often enough to be mined as hard negatives.
+(places, colours, sizes or direction exchanged). Training has families too, places and colours exchanged, each scene
+drawn several times, so that a family meets in a batch often enough to be mined as hard negatives.
 `python -m data.scenes --out DIR [--seed 0]` draws it; `load_annotations` does so on first use. It writes
 `images.zip` (PNG, stored: read as fast as 7,000 files, and kinder to a shared file system), `train.json`, `val.json`,
 `test.json` (layout of the Karpathy splits) and `stamp.json` (what was drawn, so that a change redraws).
@@ -31,13 +31,13 @@ from utils import file_lock
 
 logger = logging.getLogger(__name__)
 
-VERSION = 3  # raise it when the drawing changes: folders drawn by an older version are drawn again
+VERSION = 4  # raise it when the drawing changes: folders drawn by an older version are drawn again
 SIDE = 60  # pixels: nine cells of 20; the objects lie on either side of the middle one
 JITTER = 2.0  # pixels that an object may lie off the centre of its cell, in x and in y
 OVERSAMPLE = 4  # shapes are drawn this many times larger and averaged down, which smooths their edges
 TRAIN_IMAGES, VAL_IMAGES, TEST_IMAGES = 6000, 200, 500
 DRAWINGS = 24  # pictures of each training scene; they share its image_id, so none is another's negative
-FAMILY = 4  # scenes of a gallery that use the same words
+FAMILY = 4  # scenes of a split that use the same words; in training fewer where two colours or two objects are alike
 ARCHIVE, STAMP = "images.zip", "stamp.json"
 
 COLOURS = {
@@ -92,20 +92,23 @@ def arrangements(scene: Scene) -> list[Scene]:
     return [other for other in dict.fromkeys(scenes) if other != scene]
 
 
-def swapped(scene: Scene) -> Scene:
-    """The scene with the places of its two objects exchanged."""
-    return Scene(scene.axis, scene.second, scene.first)
+def exchanges(scene: Scene) -> list[Scene]:
+    """The up to three other scenes that exchanging places, colours or both makes of this one."""
+    axis, a, b = scene
+    pairs = (a, b), (a._replace(colour=b.colour), b._replace(colour=a.colour))
+    scenes = [Scene(axis, *pair[::order]) for pair in pairs for order in (1, -1)]
+    return [other for other in dict.fromkeys(scenes) if other != scene]
 
 
 def choose_scenes(split: str, count: int, used: set[Scene], rng: np.random.Generator) -> list[Scene]:
     """`count` different scenes not in `used` (which grows by them).
 
-    Those of `train` come in twins with exchanged places, those of a gallery in families of `FAMILY` arrangements.
+    They come in families of the same words: places and colours exchanged in `train`, any arrangement in a gallery.
     """
     chosen: list[Scene] = []
     while len(chosen) < count:
         scene = random_scene(rng)
-        others = [swapped(scene)] if split == "train" else arrangements(scene)
+        others = exchanges(scene) if split == "train" else arrangements(scene)
         group = [scene, *(others[i] for i in rng.permutation(len(others))[: min(FAMILY, count - len(chosen)) - 1])]
         if used.isdisjoint(group):
             used.update(group)
