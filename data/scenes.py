@@ -20,7 +20,7 @@ import os
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ JITTER = 2.0  # pixels that an object may lie off the centre of its cell, in x a
 OVERSAMPLE = 4  # shapes are drawn this many times larger and averaged down, which smooths their edges
 TRAIN_IMAGES, VAL_IMAGES, TEST_IMAGES = 6000, 200, 500
 DRAWINGS = 24  # pictures of each training scene; they share its image_id, so none is another's negative
-FAMILY = 4  # scenes of a split that use the same words; in training fewer where two colours or two objects are alike
+FAMILY = 4  # scenes of a split that use the same words; in training fewer where that many do not differ
 ARCHIVE, STAMP = "images.zip", "stamp.json"
 
 COLOURS = {
@@ -81,23 +81,22 @@ def random_scene(rng: np.random.Generator) -> Scene:
             return Scene(str(rng.choice(list(AXES))), first, second)
 
 
-def arrangements(scene: Scene) -> list[Scene]:
+def arrangements(
+    scene: Scene, axes: Sequence[str] = tuple(AXES), swap_sizes: Sequence[bool] = (False, True)
+) -> list[Scene]:
     """The other scenes of the same sizes, colours and shapes: attributes exchanged, places exchanged, other axis."""
     _, a, b = scene
     things = []
-    for swap_size, swap_colour in itertools.product((False, True), repeat=2):
+    for swap_size, swap_colour in itertools.product(swap_sizes, (False, True)):
         size, colour = (a.size, b.size)[:: -1 if swap_size else 1], (a.colour, b.colour)[:: -1 if swap_colour else 1]
         things.append(tuple(Thing(*words) for words in zip(size, colour, (a.shape, b.shape), strict=True)))
-    scenes = [Scene(axis, *pair[::order]) for pair in things for order in (1, -1) for axis in AXES]
+    scenes = [Scene(axis, *pair[::order]) for pair in things for order in (1, -1) for axis in axes]
     return [other for other in dict.fromkeys(scenes) if other != scene]
 
 
 def exchanges(scene: Scene) -> list[Scene]:
-    """The up to three other scenes that exchanging places, colours or both makes of this one."""
-    axis, a, b = scene
-    pairs = (a, b), (a._replace(colour=b.colour), b._replace(colour=a.colour))
-    scenes = [Scene(axis, *pair[::order]) for pair in pairs for order in (1, -1)]
-    return [other for other in dict.fromkeys(scenes) if other != scene]
+    """The arrangements, up to three, that exchange only places, colours or both."""
+    return arrangements(scene, axes=(scene.axis,), swap_sizes=(False,))
 
 
 def choose_scenes(split: str, count: int, used: set[Scene], rng: np.random.Generator) -> list[Scene]:
