@@ -1,23 +1,22 @@
-"""Processes, logging, files, schedules and seeds. Every helper is the identity for one process."""
+"""Processes, logging, files, seeds and precision. Every helper is the identity for one process."""
 
 import json
 import logging
-import math
 import os
 import re
 import resource
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather as gather_with_gradient
 
 try:
     import fcntl
@@ -87,6 +86,11 @@ def all_gather(x: Tensor) -> Tensor:
     parts = [torch.empty_like(x) for _ in range(get_world_size())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
+
+
+def all_gather_with_gradient(x: Tensor) -> Tensor:
+    """The same with gradient, which every process adds to."""
+    return torch.cat(gather_with_gradient(x.contiguous())) if get_world_size() > 1 else x
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
@@ -259,33 +263,15 @@ class StopSignal:
         self.received = True
 
 
-# ---- schedules, seeds and precision -----------------------------------------------------------------------------
+class NotFinite(ValueError):
+    """A loss, gradient or score is infinite or not a number; `names`: the images of that step, of all processes."""
+
+    def __init__(self, message: str, names: Sequence[str] = ()):
+        super().__init__(message)
+        self.names = list(names)
 
 
-def cosine_lr(epoch: int, max_epoch: int, init_lr: float, min_lr: float) -> float:
-    """BLIP's schedule: one value per epoch, from init_lr at epoch 0 towards min_lr."""
-    return (init_lr - min_lr) * 0.5 * (1 + math.cos(math.pi * epoch / max_epoch)) + min_lr
-
-
-def build_optimizer(model: nn.Module, cfg: Any) -> torch.optim.Optimizer:
-    """AdamW on everything that trains, weight decay included, as BLIP does; `scale` multiplies a group's rate."""
-    rest = [p for p in model.parameters() if p.requires_grad and p is not model.temp]
-    groups = [{"params": rest, "scale": 1.0}, {"params": [model.temp], "scale": cfg.temp_lr_scale}]
-    return torch.optim.AdamW(groups, lr=cfg.init_lr, weight_decay=cfg.weight_decay, fused=True)
-
-
-def set_lr(optimizer: torch.optim.Optimizer, cfg: Any, epoch: int, global_step: int) -> float:
-    lr = cosine_lr(epoch, cfg.max_epoch, cfg.init_lr, cfg.min_lr)
-    if global_step < cfg.warmup_steps:
-        lr *= (global_step + 1) / cfg.warmup_steps
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["scale"]
-    return lr
-
-
-def ramped_alpha(alpha: float, epoch: int, step: int, steps_per_epoch: int) -> float:
-    """Weight of the momentum targets: 0 -> alpha over epoch 0, alpha afterwards."""
-    return alpha if epoch > 0 else alpha * min(1.0, step / steps_per_epoch)
+# ---- seeds and precision --------------------------------------------------------------------------------------------
 
 
 def seed_from(*key: int) -> int:

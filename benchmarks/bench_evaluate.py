@@ -30,11 +30,11 @@ from torch.nn import functional as F
 
 from benchmarks import set_up
 from benchmarks.rerank_ways import STEPS, restructurings, slow_ways
-from data.metrics import retrieval_metrics
 from models.blip_retrieval import BLIP_Retrieval
-from models.dry_run import hardware, synthetic_captions
-from models.packed import EncodedImages, EncodedTexts, score_pairs
-from models.rerank import encode_images, encode_texts, needed_pairs, own_blocks, rank_encoded, shortlist
+from retrieval.metrics import retrieval_metrics
+from retrieval.rerank import encode_images, encode_texts, needed_pairs, own_blocks, rank_encoded, shortlist
+from retrieval.scoring import EncodedImages, EncodedTexts, score_pairs
+from training.dry_run import hardware, synthetic_captions
 from transform.text import MAX_TOKENS, TokenizedText
 from utils import memory_mb, precision
 

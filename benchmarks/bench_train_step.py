@@ -37,10 +37,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import set_up
 from benchmarks.published import published_step
+from data.retrieval import TrainBatch
 from models.blip_retrieval import BLIP_Retrieval
-from models.dry_run import Batch, hardware, synthetic_batch, synthetic_captions
-from models.machine import auto_keep_graphs, compile_encoders
-from models.train_step import RetrievalStep, train_step
+from training.compilation import compile_encoders
+from training.dry_run import hardware, synthetic_batch, synthetic_captions
+from training.memory import auto_keep_graphs
+from training.step import Negatives, RetrievalStep, train_step
 from transform.text import VOCAB_SIZE, TokenizedText
 from utils import memory_mb, precision
 
@@ -94,22 +96,22 @@ def build_model(args: argparse.Namespace) -> BLIP_Retrieval:
 # ---- the two steps, up to the gradients -----------------------------------------------------------------------------
 
 
-def ours(model: BLIP_Retrieval, batch: Batch, args: argparse.Namespace, keep_graphs: int) -> None:
+def ours(model: BLIP_Retrieval, batch: TrainBatch, args: argparse.Namespace, keep_graphs: int) -> None:
     with nullcontext() if args.checkpointing else disable_checkpointing():
-        train_step(model, *batch, ALPHA, args.ranks, args.micro_batch, keep_graphs)
+        train_step(model, batch.image, batch.text, batch.idx, ALPHA, args.ranks, args.micro_batch, keep_graphs)
 
 
-def published(model: BLIP_Retrieval, batch: Batch, ranks: int, draw: Callable | None = None) -> None:
+def published(model: BLIP_Retrieval, batch: TrainBatch, ranks: int, draw: Callable | None = None) -> None:
     device = batch.image.device
     text = batch.text.to(device)
     losses = published_step(model, batch.image, text, batch.idx, ALPHA, ranks, *([draw] if draw else []))
     (sum(ita + itm for ita, itm in losses) / ranks).backward()
 
 
-def first_samples(batch: Batch, count: int, device: torch.device) -> Batch:
+def first_samples(batch: TrainBatch, count: int, device: torch.device) -> TrainBatch:
     """The text stays on the host, as from a loader."""
     text = TokenizedText(*(x[:count] for x in batch.text))
-    return Batch(batch.image[:count].to(device), text, batch.idx[:count].to(device))
+    return TrainBatch(batch.image[:count].to(device), text, batch.idx[:count].to(device), batch.names[:count])
 
 
 # ---- gradients ------------------------------------------------------------------------------------------------------
@@ -134,7 +136,7 @@ def gradients(model: BLIP_Retrieval) -> dict[str, Tensor]:
     return {name: grad for name, grad in named.items() if not name.endswith(noise)}
 
 
-def compare_gradients(model: BLIP_Retrieval, batch: Batch, args: argparse.Namespace) -> dict[str, tuple[float, float]]:
+def compare_gradients(model: BLIP_Retrieval, batch: TrainBatch, args: argparse.Namespace) -> dict[str, tuple[float, float]]:
     """For each precision: relative difference of the whole gradient and of the worst parameter to published float32."""
     model, result = model.eval(), {}
     state = {name: x.clone() for name, x in model.state_dict().items()}
@@ -166,13 +168,13 @@ def count_flops(args: argparse.Namespace) -> dict[str, float]:
     lengths = synthetic_captions(args.batch, VOCAB_SIZE).attention_mask.sum(1).tolist()
     next_one = lambda weights: [(i + 1) % weights.shape[1] for i in range(len(weights))]  # noqa: E731
     on_host = mock.patch.object(RetrievalStep, "draw_negatives", draw_on_the_host)
-    texts_of = mock.patch("models.train_step._pool_text", lambda text, *_: (text, lengths))
+    texts_of = mock.patch("training.step._pool_text", lambda text, *_: (text, lengths))
     no_values = mock.patch("torch.nn.init.trunc_normal_", lambda x, **_: x)  # it reads one
     with FakeTensorMode(), on_host, texts_of, no_values:
         model = build_model(args).train()
         ids = torch.zeros(args.batch, max(lengths), dtype=torch.long)
         image = torch.zeros(args.batch, 3, args.image_size, args.image_size)
-        batch = Batch(image, TokenizedText(ids, ids), torch.arange(args.batch))
+        batch = TrainBatch(image, TokenizedText(ids, ids), torch.arange(args.batch), [""] * args.batch)
         share = first_samples(batch, args.batch // args.ranks, image.device)
         counts = {"published": flops(lambda: published(model, share, 1, next_one)) / len(share.idx)}
         for words, keep in (("all graphs kept", args.batch), ("one micro-batch kept", 0)):
@@ -180,11 +182,13 @@ def count_flops(args: argparse.Namespace) -> dict[str, float]:
     return counts
 
 
-def draw_on_the_host(step: RetrievalStep, pool: slice) -> None:
+def draw_on_the_host(step: RetrievalStep, pool: slice, image_feat: Tensor, text_feat: Tensor) -> Negatives:
     """Uniform negatives, where features have no values."""
     rng, count = random.Random(pool.start), pool.stop - pool.start
-    for drawn in (step.negative_image, step.negative_text):
-        drawn[pool] = [pool.start + (i + rng.randrange(1, count)) % count for i in range(count)]
+    drawn = [[-1] * len(step.image) for _ in range(2)]
+    for some in drawn:
+        some[pool] = [pool.start + (i + rng.randrange(1, count)) % count for i in range(count)]
+    return Negatives(*drawn)
 
 
 def flops(work: Callable[[], None]) -> int:
@@ -220,7 +224,7 @@ class Way:
     too_large: bool = False  # for the memory
 
 
-def all_ways(model: BLIP_Retrieval, batch: Batch, args: argparse.Namespace) -> list[Way]:
+def all_ways(model: BLIP_Retrieval, batch: TrainBatch, args: argparse.Namespace) -> list[Way]:
     """Both algorithms in every precision, all on the same weights."""
     device = model.temp.device
     share, whole = (first_samples(batch, n, device) for n in (args.batch // args.ranks, args.batch))
@@ -252,12 +256,12 @@ def by_matrices():
     return sdpa_kernel(SDPBackend.MATH)
 
 
-def published_in(context: Callable, model: BLIP_Retrieval, batch: Batch) -> None:
+def published_in(context: Callable, model: BLIP_Retrieval, batch: TrainBatch) -> None:
     with context():
         published(model, batch, 1)
 
 
-def ours_keeping(model: BLIP_Retrieval, batch: Batch, args: argparse.Namespace, keep: Callable[[], int]) -> None:
+def ours_keeping(model: BLIP_Retrieval, batch: TrainBatch, args: argparse.Namespace, keep: Callable[[], int]) -> None:
     ours(model, batch, args, keep())
 
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.published import pair_scores
+from checkpoints.huggingface import write_folder
+from models.arrangements import PlainTexts, ScoringTexts
 from models.blip_retrieval import BLIP_Retrieval, as_match_input
-from models.huggingface import write_folder
-from models.med import PairRows
-from models.packed import EncodedImages, EncodedTexts, PackedTexts, score_pairs
+from retrieval.scoring import EncodedImages, EncodedTexts, score_pairs
 from transform.text import TokenizedText
 
 STEPS = ("keys and values once", "no padding", "[ENC] alone", "layer 0 once")
@@ -56,11 +56,18 @@ def query_by_query(score: Callable[[Tensor, Tensor], Tensor], num_images: int, n
     return torch.stack([score(image, torch.full_like(image, t)) for t in text])
 
 
+class TextsOfOneImage(PlainTexts):
+    """A rectangle of texts that all look at the one image: a single query sequence against its keys and values."""
+
+    def attend_image(self, q: Tensor, k: Tensor, v: Tensor, heads: int, dropout: float) -> Tensor:
+        return super().attend_image(q.flatten(0, 1)[None], k, v, heads, dropout).view_as(q)
+
+
 def padded_scores(model: BLIP_Retrieval, tokens: Tensor, text: TokenizedText) -> Tensor:
     """Keys and values once for the one image (1, n, V); texts (P, 35) padded, everything of the last layer computed."""
-    rows = PairRows([0] * len(text.input_ids), 1, tokens.device)
+    texts = TextsOfOneImage(text.attention_mask)
     with model.autocast():
-        states = model.text_encoder(as_match_input(text), tokens, rows)[:, 0]
+        states = model.text_encoder(as_match_input(text), tokens, texts)[:, 0]
     return model.itm_head(states.float())[:, 1]
 
 
@@ -68,7 +75,7 @@ def unpadded_scores(model: BLIP_Retrieval, tokens: Tensor, text: TokenizedText, 
     """The same without padding, and with [ENC] alone in the last layer, but layer 0's text part for every pair."""
     lengths = text.attention_mask.sum(1).cpu().numpy()
     order = torch.from_numpy(np.argsort(lengths, kind="stable")).to(tokens.device)
-    packed = PackedTexts(np.zeros(len(lengths), int), np.sort(lengths), tokens.device)
+    packed = ScoringTexts(np.zeros(len(lengths), int), np.sort(lengths), tokens.device)
     layers = model.text_encoder.encoder.layer
     with model.autocast():
         x = model.text_encoder.embeddings(as_match_input(text).input_ids[order])

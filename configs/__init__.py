@@ -1,1 +1,1 @@
-"""The knobs of the program: `schema.py` documents and checks them, the YAML files set them."""
+"""The knobs of the program (`schema.py`, set by the YAML files), sizes of encoders, and the table of data sets."""

@@ -14,12 +14,14 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-DATASETS = ("coco", "flickr", "scenes", "emoji", "custom")
-VITS = ("base", "large", "small", "tiny", "nano")
+from configs.datasets import DATASETS
+from configs.sizes import VIT_SIZES
+
+TEMP_RANGE = (0.001, 0.5)  # no knob: BLIP clamps the learned temperature to this before every step
 BAD_IMAGE = ("error", "skip")
 PRECISIONS = ("fp32", "tf32", "bf16")
 KIND_NAMES = {str: "text (put quotes around it)", int: "a whole number", float: "a number", bool: "true or false",
-              int | None: "a whole number or null", int | str: "'auto' or a whole number"}
+              int | str: "'auto' or a whole number"}
 
 
 def knob(default: Any, doc: str, low: float | None = None, high: float | None = None, choices: tuple = ()) -> Any:
@@ -32,7 +34,7 @@ class RetrievalConfig:
     """The reference of the knobs; building one raises `ValueError` for a value or a combination that cannot work."""
 
     # --- data
-    dataset: str = knob(MISSING, "what to train and evaluate on", choices=DATASETS)
+    dataset: str = knob(MISSING, "what to train and evaluate on", choices=tuple(DATASETS))
     image_root: str = knob("", "folder or .zip that the annotations' image paths are relative to")
     ann_root: str = knob("annotation", "folder of the annotation files")
     train_file: str = knob("", "custom only: training annotations, relative to ann_root unless absolute")
@@ -46,7 +48,7 @@ class RetrievalConfig:
     pretrained: str = knob("", "checkpoint that training starts from, a path or an address; '' = random weights")
     finetuned: str = knob("", "checkpoint that --evaluate loads; '' = `pretrained`, as with BLIP's own YAML files")
     cache_dir: str = knob("", "folder for downloaded checkpoints; '' = torch.hub's")
-    vit: str = knob("base", "size of the image encoder", choices=VITS)
+    vit: str = knob("base", "size of the image encoder", choices=tuple(VIT_SIZES))
     patch_size: int = knob(16, "side of an image patch in pixels; released checkpoints have 16", 1)
     image_size: int = knob(384, "side of the square input image in pixels, a multiple of patch_size", 1)
     med_config: str = knob("configs/med_config.json", "text encoder's JSON; sought in the repository too")
@@ -63,8 +65,8 @@ class RetrievalConfig:
 
     # --- batches
     batch_size_train: int = knob(32, "MICRO-batch: samples per forward and backward pass of one process", 1)
-    global_batch_size: int | None = knob(None, "samples per optimizer step; null = batch_size_train x processes", 1)
-    ranks_emulated: int | None = knob(None, "GPUs of the recipe to reproduce, over all processes; null = processes", 1)
+    global_batch_size: int = knob(None, "samples per optimizer step; null = batch_size_train x processes", 1)
+    ranks_emulated: int = knob(None, "GPUs of the recipe to reproduce, over all processes; null = processes", 1)
     batch_size_test: int = knob(64, "images, or captions, per pass when evaluation encodes them", 1)
 
     # --- optimization
@@ -93,16 +95,19 @@ class RetrievalConfig:
 
     def __post_init__(self) -> None:
         for knob_ in fields(self):
-            value = _typed(knob_.name, getattr(self, knob_.name), knob_.type)
+            value = _typed(knob_.name, getattr(self, knob_.name), knob_.type, knob_.default)
             _check_value(knob_.name, value, **knob_.metadata)
             object.__setattr__(self, knob_.name, value)  # the one assignment to a frozen config
         _check_combinations(self)
 
 
-def _typed(key: str, value: Any, kind: Any) -> Any:
-    """`value` as the type of its field: '1e-5' counts as a number, an empty text as '', true is not the number 1."""
-    if kind is str and value is None:
-        return ""
+def _typed(key: str, value: Any, kind: Any, default: Any) -> Any:
+    """`value` as the type of its field: '1e-5' counts as a number, an empty text as '', true is not the number 1.
+
+    Only until `resolve` a field may be null whose default is.
+    """
+    if value is None and (kind is str or default is None):
+        return "" if kind is str else None
     if kind is str and isinstance(value, os.PathLike):
         return os.fspath(value)
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
@@ -111,7 +116,7 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
         except (ValueError, OverflowError):
             pass
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{key} must be {KIND_NAMES[kind]}, got {value!r}")
+        raise ValueError(f"{key} must be {KIND_NAMES[kind]}{' or null' if default is None else ''}, got {value!r}")
     return value
 
 
@@ -180,8 +185,13 @@ def resolve(cfg: RetrievalConfig, world_size: int) -> RetrievalConfig:
     return replace(cfg, global_batch_size=batch, ranks_emulated=ranks)
 
 
-def load_config(path: str | Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -> RetrievalConfig:
-    """The config in a YAML file, with `overrides` (`{'k_test': '64'}` or `['k_test=64']`, YAML scalars) on top."""
+def load_config(
+    path: str | Path, overrides: Mapping[str, Any] | Sequence[str] = (), world_size: int = 1
+) -> RetrievalConfig:
+    """The config in a YAML file, with `overrides` (`{'k_test': '64'}` or `['k_test=64']`, YAML scalars) on top.
+
+    Sizes of a step that are left open are filled in for `world_size` processes.
+    """
     values = _read_yaml(path)
     changes = _read_overrides(overrides)
     for where, keys in ((str(path), values), ("--set", changes)):
@@ -192,7 +202,7 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | Sequence[str] =
         if key not in values:
             raise ValueError(f"{where}: the key '{key}' is missing, set it ({_docs()[key]})")
     try:
-        return RetrievalConfig(**values)
+        return resolve(RetrievalConfig(**values), world_size)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 

@@ -1,1 +1,1 @@
-"""Files on disk to samples: annotations, images, training and evaluation loaders, and the recall metrics."""
+"""Files on disk to samples: annotations, images, loaders, the drawn and the emoji data sets, and what can be wrong."""

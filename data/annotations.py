@@ -12,11 +12,11 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.request import urlopen
 
 import numpy as np
 
+from configs.schema import RetrievalConfig
 from data.rows import Row, read_rows
 from data.scenes import ensure_scenes, one_process_at_a_time
 from transform.text import MAX_WORDS, clean_caption
@@ -54,7 +54,7 @@ class Annotations:
         return self.image_ids[self.caption_image]
 
 
-def load_annotations(cfg: Any, split: str, seed: int = SPLIT_SEED) -> Annotations:
+def load_annotations(cfg: RetrievalConfig, split: str, seed: int = SPLIT_SEED) -> Annotations:
     """The annotations of `split` (train, val or test) of the config's data set, drawn or downloaded if need be.
 
     `seed` decides what `scenes` draws and what is split off a custom file; it is not the run's seed.
@@ -77,7 +77,7 @@ def load_annotations(cfg: Any, split: str, seed: int = SPLIT_SEED) -> Annotation
     return build_annotations(name, file, read_rows(file))
 
 
-def available_splits(cfg: Any) -> list[str]:
+def available_splits(cfg: RetrievalConfig) -> list[str]:
     """The splits that the config has annotations for: all, but for custom files without a train_file."""
     if cfg.dataset != "custom" or cfg.train_file:
         return list(SPLITS)
@@ -117,7 +117,7 @@ def build_annotations(name: str, file: Path, rows: list[Row]) -> Annotations:
 # ---------------------------------------------------------------- custom data sets
 
 
-def _custom_rows(cfg: Any, split: str, seed: int) -> tuple[Path, list[Row]]:
+def _custom_rows(cfg: RetrievalConfig, split: str, seed: int) -> tuple[Path, list[Row]]:
     """File and rows of one split of the user's own files; a split without a file is cut off the training file."""
     names = {which: getattr(cfg, f"{which}_file") for which in SPLITS}
     absent = [which for which in ("test", "val") if not names[which]]

@@ -6,6 +6,7 @@ annotations and images; `recipe.py` at the config, against them and the machine.
 
 import logging
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from configs.schema import RetrievalConfig
 from data.annotations import Annotations
 from data.images import ImageStore, open_store, require_images
 from transform.text import MAX_TOKENS, MAX_WORDS, build_tokenizer
@@ -49,13 +51,19 @@ class Findings:
             self.errors.append(str(error))
 
     def report(self) -> str:
-        """What `--check` prints; errors are left to the caller."""
+        """Facts, warnings and a count of both and of the errors."""
         lines = [*self.facts, *(f"warning: {warning}" for warning in self.warnings)]
         counts = [f"{len(x)} {name}{'s' * (len(x) > 1)}" for x, name in
                   ((self.errors, "error"), (self.warnings, "warning")) if x]  # fmt: skip
         return "\n".join([*lines, ", ".join(counts) or "all good"])
 
-    def act(self) -> None:
+    def print(self) -> None:
+        """The report on stdout, then the errors on stderr, a paragraph each."""
+        print(self.report())
+        for error in self.errors:
+            print(f"error: {error}", file=sys.stderr)
+
+    def raise_or_log(self) -> None:
         """ValueError with the first error, or else log facts and warnings."""
         if self.errors:
             more = f" ({len(self.errors) - 1} more: --check lists all)" if len(self.errors) > 1 else ""
@@ -69,7 +77,7 @@ class Findings:
 # ---- data -----------------------------------------------------------------------------------------------------------
 
 
-def check_data(cfg: Any, splits: dict[str, Annotations], full: bool = False) -> Findings:
+def check_data(cfg: RetrievalConfig, splits: dict[str, Annotations], full: bool = False) -> Findings:
     """Captions, ids, images and what the splits share; `full`: all of the images and captions, not a sample."""
     found = Findings()
     for split, table in splits.items():

@@ -13,26 +13,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from configs.schema import RetrievalConfig
 from data.scenes import ARCHIVE
+from transform.image import to_rgb
 from utils import find_path
 
 MAX_BYTES = 1 << 30  # of one image file: a .zip of kilobytes can hold a member that unpacks to all of the memory
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # ImageStore.load refuses such pictures
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """First frame as RGB; as in BLIP, alpha is dropped and an EXIF orientation is not applied."""
-    if image.mode.startswith("I"):  # 16-bit greyscale: Pillow would clip at 255, which leaves a white picture
-        grey = np.asarray(image).astype(np.int64)
-        if grey.max(initial=0) > 255:
-            grey = grey >> 8
-        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # same colours in the end, without Pillow's warning for each picture
-    return image.convert("RGB")
 
 
 class ImageStore:
@@ -122,7 +111,7 @@ class ImageStore:
         return [name for name in names if os.path.basename(name) not in by_folder[os.path.dirname(name)]]
 
 
-def open_store(cfg: Any) -> ImageStore:
+def open_store(cfg: RetrievalConfig) -> ImageStore:
     """The images of the config's data set; those of `scenes` lie beside its annotations, wherever image_root points."""
     return ImageStore(find_path(cfg.ann_root) / ARCHIVE if cfg.dataset == "scenes" else cfg.image_root)
 

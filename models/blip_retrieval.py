@@ -16,12 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.itc import EMPTY, TEMP_RANGE
-from models.med import BertModel, MedConfig, PairRows, load_med_config
-from models.ragged import RaggedTexts
-from models.train_step import RetrievalStep
+from checkpoints.load import load_pretrained
+from configs.schema import TEMP_RANGE, RetrievalConfig
+from configs.sizes import MedConfig, load_med_config
+from models import itc, itm
+from models.arrangements import WholeArrangement
+from models.med import BertModel
 from models.vit import VisionTransformer
 from transform.text import ENC, TokenizedText, tokenize
+from utils import all_gather, all_gather_with_gradient, find_path
 
 
 class BLIP_Retrieval(nn.Module):
@@ -69,30 +72,62 @@ class BLIP_Retrieval(nn.Module):
 
         self.register_buffer("image_queue", F.normalize(torch.randn(embed_dim, queue_size), dim=0))
         self.register_buffer("text_queue", F.normalize(torch.randn(embed_dim, queue_size), dim=0))
-        self.register_buffer("idx_queue", torch.full((1, queue_size), EMPTY))
+        self.register_buffer("idx_queue", torch.full((1, queue_size), itc.EMPTY))
         self.register_buffer("ptr_queue", torch.zeros(1, dtype=torch.long))
         self.temp = nn.Parameter(0.07 * torch.ones([]))
 
-        self.queue_size, self.momentum, self.negative_all_rank = queue_size, momentum, negative_all_rank
+        self.image_size, self.queue_size, self.momentum, self.negative_all_rank = (
+            image_size, queue_size, momentum, negative_all_rank,
+        )  # fmt: skip
         self.autocast_dtype: torch.dtype | None = None  # bfloat16 under `precision: bf16`
 
     def forward(
         self, image: Tensor, caption: Sequence[str] | TokenizedText, alpha: float, idx: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """One training forward on a batch: image (b, 3, S, S), caption b strings or token ids, idx (b,) image ids.
+        """The published training step: image (b, 3, S, S), caption b strings or token ids, idx (b,) image ids.
 
-        Returns (loss_ita, loss_itm) of this process. Clamps the temperature, moves the momentum twins and writes the
-        queues, so call it once a step. `models.train_step.train_step` computes the same in micro-batches.
+        Returns (loss_ita, loss_itm) of this process, to be averaged over processes. It clamps the temperature, moves
+        the momentum twins and writes the queues, so call it once a step. `training.step.train_step` computes the same
+        in micro-batches. ValueError where all that a sample may draw shows the sample's own image.
         """
         text = caption if isinstance(caption, TokenizedText) else tokenize(caption)
-        step = RetrievalStep(self, image, text, idx, alpha, snapshot_queues=True)
-        everything = slice(0, len(image))
-        loss_t2i = step.text_loss(everything)
-        image_tokens = step.encode_image(everything)
-        step.draw_negatives(everything)
-        loss_i2t, loss_itm = step.image_loss(everything, image_tokens)
-        step.write_queues()
-        return loss_i2t + loss_t2i, loss_itm
+        text = text.padded().to(image.device)  # (b, 35), so that processes can exchange them
+        b = len(image)
+
+        # 1. Features, of both encoders and of their momentum twins, which first move towards them.
+        self.clamp_temp()
+        image_tokens = self.encode_image(image)  # (b, N, V)
+        image_feat = self.image_feature(image_tokens)  # (b, E)
+        text_feat = self.text_feature(self.encode_text(text))  # (b, E)
+        self.update_momentum()
+        image_feat_m, text_feat_m = self.momentum_features(image, text)  # (b, E), (b, E)
+
+        # 2. Contrast (ITC) with the momentum features of the own batch, and of the queue as it stood.
+        image_all = torch.cat([image_feat_m.T, self.image_queue], dim=1)  # (E, b + Q)
+        text_all = torch.cat([text_feat_m.T, self.text_queue], dim=1)  # (E, b + Q)
+        same = itc.positives(idx, idx.expand(b, b), self.idx_queue)  # (b, b + Q)
+        loss_i2t = itc.contrastive_loss(image_feat @ text_all, image_feat_m @ text_all, same, self.temp, alpha).mean()
+        loss_t2i = itc.contrastive_loss(text_feat @ image_all, text_feat_m @ image_all, same, self.temp, alpha).mean()
+        self.enqueue(all_gather(image_feat_m), all_gather(text_feat_m), all_gather(idx))
+
+        # 3. Hard negatives: each text draws an image, then each image a text; the more similar, the likelier.
+        gather, gather_tokens = _own, _own  # among the c = b samples of the own rank ...
+        if self.negative_all_rank:
+            gather, gather_tokens = all_gather, all_gather_with_gradient  # ... or among those of all ranks
+        all_idx = gather(idx)  # (c,)
+        drawn_image, found_image = itm.sample_negatives(text_feat, gather(image_feat), idx, all_idx, self.temp)  # (b,)
+        drawn_text, found_text = itm.sample_negatives(image_feat, gather(text_feat), idx, all_idx, self.temp)  # (b,)
+        if not (found_image & found_text).all():
+            raise ValueError(itm.NO_NEGATIVE)
+
+        # 4. Matching (ITM): each sample's own pair, its text with the drawn image, the drawn text with its image.
+        all_tokens = gather_tokens(image_tokens)  # (c, N, V)
+        drawn = TokenizedText(*(gather(x)[drawn_text] for x in text))  # (b, 35)
+        texts = TokenizedText(*(torch.cat([x, x, y]) for x, y in zip(text, drawn, strict=True)))  # (3b, 35)
+        images = torch.cat([image_tokens, all_tokens[drawn_image], image_tokens])  # (3b, N, V)
+        label = (torch.arange(3 * b, device=image.device) < b).long()  # (3b,) 1 = match
+        loss_itm = itm.matching_loss(self.match(texts, images), label).mean()
+        return (loss_i2t + loss_t2i) / 2, loss_itm
 
     # ---- encoders -------------------------------------------------------------------------------------------------
 
@@ -107,10 +142,10 @@ class BLIP_Retrieval(nn.Module):
         with self.autocast():
             return self.visual_encoder(image, cls_only)
 
-    def encode_text(self, text: TokenizedText, rows: RaggedTexts | None = None) -> Tensor:
+    def encode_text(self, text: TokenizedText, arrangement: WholeArrangement | None = None) -> Tensor:
         """ids (b, L) -> [CLS] state (b, 1, D), without an image."""
         with self.autocast():
-            return self.text_encoder(text, rows=rows, cls_only=True)
+            return self.text_encoder(text, arrangement=arrangement, cls_only=True)
 
     def image_feature(self, image_tokens: Tensor) -> Tensor:
         """(b, N, V) -> unit-length embedding of [CLS] (b, E), float32 or wider."""
@@ -120,13 +155,14 @@ class BLIP_Retrieval(nn.Module):
         """(b, L, D) -> unit-length embedding of [CLS] (b, E), float32 or wider."""
         return _feature(self.text_proj, text_states)
 
-    def match(
-        self, text: TokenizedText, image_tokens: Tensor, rows: PairRows | RaggedTexts | None = None
-    ) -> Tensor:
-        """Matching logits (P, 2), [:, 1] = match, of texts (P, L) and images (m, N, V); `rows`: which meets which."""
+    def match(self, text: TokenizedText, image_tokens: Tensor, arrangement: WholeArrangement | None = None) -> Tensor:
+        """Matching logits (P, 2), [:, 1] = match, of texts (P, L) and images (P, N, V).
+
+        Under an arrangement that knows which text looks at which image, each image comes once: (m, N, V).
+        """
         text = as_match_input(text)
         with self.autocast():
-            states = self.text_encoder(text, image_tokens, rows, cls_only=True)  # (P, 1, D)
+            states = self.text_encoder(text, image_tokens, arrangement, cls_only=True)  # (P, 1, D)
         return self.itm_head(states[:, 0].to(self.itm_head.weight.dtype))
 
     # ---- momentum twins and queues --------------------------------------------------------------------------------
@@ -152,12 +188,12 @@ class BLIP_Retrieval(nn.Module):
 
     @torch.no_grad()
     def momentum_features(
-        self, image: Tensor, text: TokenizedText, rows: RaggedTexts | None = None
+        self, image: Tensor, text: TokenizedText, arrangement: WholeArrangement | None = None
     ) -> tuple[Tensor, Tensor]:
         """Embeddings (b, E), (b, E) by the twins. They stay in train mode (dropout, drop-path), as BLIP's do."""
         with self.autocast():
             image_tokens = self.visual_encoder_m(image, cls_only=True)
-            text_states = self.text_encoder_m(text, rows=rows, cls_only=True)
+            text_states = self.text_encoder_m(text, arrangement=arrangement, cls_only=True)
         return _feature(self.vision_proj_m, image_tokens), _feature(self.text_proj_m, text_states)
 
     @torch.no_grad()
@@ -185,11 +221,25 @@ def _feature(proj: nn.Linear, states: Tensor) -> Tensor:
     return F.normalize(proj(states[:, 0].to(proj.weight.dtype)), dim=-1)
 
 
+def _own(x: Tensor) -> Tensor:
+    """Gathering among this rank alone."""
+    return x
+
+
 def blip_retrieval(pretrained: str = "", **kwargs) -> BLIP_Retrieval:
     """Build the model and, when `pretrained` names a file or an address, load it."""
     model = BLIP_Retrieval(**kwargs)
     if pretrained:
-        from models.checkpoint import load_pretrained
-
         load_pretrained(model, pretrained)
     return model
+
+
+def build_model(cfg: RetrievalConfig) -> BLIP_Retrieval:
+    """The model that a config describes, with random weights."""
+    names = ("image_size", "vit", "vit_grad_ckpt", "vit_ckpt_layer", "embed_dim", "queue_size", "momentum",
+             "negative_all_rank", "patch_size", "pos_embed_std")  # fmt: skip
+    med_config = find_path(cfg.med_config)
+    try:
+        return BLIP_Retrieval(med_config=med_config, **{name: getattr(cfg, name) for name in names})
+    except TypeError as error:
+        raise ValueError(f"med_config {med_config}: a value is of the wrong type ({error}).") from None

@@ -2,27 +2,26 @@
 
 Sources: Li et al. 2021 (ALBEF, arXiv 2107.07651, section 3.2 and 3.3), BLIP's `models/blip_retrieval.py`.
 
-Shapes: m rows (images or texts of a micro-batch), b the batch of the rows' own rank, Q queue size, E embedding width.
+Shapes: m images or texts whose loss is wanted, b the batch of their own rank, Q queue size, E embedding width.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-TEMP_RANGE = (0.001, 0.5)  # BLIP clamps the learned temperature to this before every step
 EMPTY = -100  # id of a queue slot that nothing was written to yet
 
 
 def similarities(feat: Tensor, own_m: Tensor, queue: Tensor) -> Tensor:
-    """Cosines of each row with its own rank's other-modality momentum features, then with the queue.
+    """Cosines with the other modality's momentum features: those of the own rank's batch, then those in the queue.
 
-    feat (m, E), own_m (m, b, E): the features of the row's rank, queue (E, Q) -> (m, b + Q).
+    feat (m, E), own_m (m, b, E) as each may be of another rank, queue (E, Q) -> (m, b + Q).
     """
     return torch.cat([torch.einsum("me,mbe->mb", feat, own_m), feat @ queue], dim=1)
 
 
 def positives(idx: Tensor, own_idx: Tensor, idx_queue: Tensor) -> Tensor:
-    """Uniform mass over columns that show the row's image: idx (m,), own_idx (m, b), idx_queue (1, Q) -> (m, b + Q)."""
+    """Uniform mass over columns that show the same image: idx (m,), own_idx (m, b), idx_queue (1, Q) -> (m, b + Q)."""
     columns = torch.cat([own_idx, idx_queue.expand(len(idx), -1)], dim=1)
     same = (columns == idx[:, None]).float()
     return same / same.sum(1, keepdim=True)
@@ -34,5 +33,12 @@ def soft_targets(sim_m: Tensor, positive: Tensor, temp: Tensor, alpha: float) ->
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy with soft targets, one value a row: (m, C), (m, C) -> (m,)."""
+    """Cross-entropy with soft targets, one value each: (m, C), (m, C) -> (m,)."""
     return -(F.log_softmax(logits, dim=1) * targets).sum(1)
+
+
+def contrastive_loss(sim: Tensor, sim_m: Tensor, positive: Tensor, temp: Tensor, alpha: float) -> Tensor:
+    """One value for each image or text, (m,), of online and momentum cosines and positives, all (m, b + Q)."""
+    with torch.no_grad():
+        targets = soft_targets(sim_m, positive, temp, alpha)
+    return soft_cross_entropy(sim / temp, targets)

@@ -2,15 +2,25 @@
 
 Sources: Li et al. 2021 (ALBEF, section 3.2), BLIP's `models/blip_retrieval.py`.
 
-Shapes: r rows that draw, c candidates, E embedding width.
+Shapes: r samples that draw, c candidates, E embedding width, P pairs.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 PAIRS_PER_SAMPLE = 3  # one match, one negative image, one negative text
+NO_NEGATIVE = (
+    "a sample had no negative, as all images it could draw show the same one. Use a larger batch or give different "
+    "images different image_id."
+)
+
+
+def matching_loss(logits: Tensor, label: Tensor) -> Tensor:
+    """One value for each pair, (P,), of logits (P, 2) and labels (P,), 1 = match."""
+    return F.cross_entropy(logits, label, reduction="none")
 
 
 def gumbel(shape: torch.Size, device: torch.device, generator: torch.Generator | None) -> Tensor:
@@ -25,13 +35,13 @@ def sample_negatives(
     idx: Tensor,
     candidate_idx: Tensor,
     temp: Tensor,
-    generator: torch.Generator | None,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draw one candidate for each row from softmax(similarity / temp) without those of the row's own image.
+    """Draw one candidate for each sample from softmax(similarity / temp) without those of the sample's own image.
 
     feat (r, E), candidates (c, E), idx (r,), candidate_idx (c,) -> drawn index (r,), whether one existed (r,).
     In log space, so that nothing underflows at low temperatures (BLIP's softmax then fails in torch.multinomial), and
-    without a host sync: a row with no candidate gets index 0 and False.
+    without a host sync: a sample with no candidate gets index 0 and False.
     """
     logits = feat @ candidates.T / temp  # (r, c)
     same = idx[:, None] == candidate_idx
@@ -59,9 +69,9 @@ def pairs_by_image(first: int, last: int, negative_image: list[int], negative_te
     for text, image in enumerate(negative_image):
         if first <= image < last:
             drew.setdefault(image, []).append(text)
-    rows = []
+    pairs = []
     for image in range(first, last):
-        rows.append((image - first, image, 1, image))
-        rows.append((image - first, negative_text[image], 0, image))
-        rows += [(image - first, text, 0, text) for text in drew.get(image, ())]
-    return Pairs(*(list(column) for column in zip(*rows, strict=True)))
+        pairs.append((image - first, image, 1, image))
+        pairs.append((image - first, negative_text[image], 0, image))
+        pairs += [(image - first, text, 0, text) for text in drew.get(image, ())]
+    return Pairs(*(list(column) for column in zip(*pairs, strict=True)))

@@ -3,132 +3,18 @@
 Sources: Devlin et al. 2019 (arXiv 1810.04805), Li et al. 2022 (arXiv 2201.12086, section 3.1). Parameter names are the
 published checkpoints'. The tests hold it against transformers' `BlipTextModel`.
 
-One layer serves three arrangements of tokens, which only know how queries meet keys: `PaddedTexts` (a rectangle with a
-mask, the plain one), `models/ragged.py`'s `RaggedTexts` (training) and `models/packed.py`'s `PackedTexts` (evaluation).
+One layer serves every arrangement of tokens (`models/arrangements.py`), which alone knows how queries meet keys.
 
 Shapes: P texts (one for each image-text pair when matching), L tokens, D hidden width, H heads, d = D / H,
 m images, N image tokens, V image width.
 """
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
-
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.ragged import RaggedTexts
+from configs.sizes import MedConfig
+from models.arrangements import Arrangement, PlainTexts, WholeArrangement
 from transform.text import TokenizedText
-
-
-@dataclass(frozen=True)
-class MedConfig:
-    """The text encoder's sizes, as in BLIP's `med_config.json`."""
-
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    vocab_size: int = 30524
-    max_position_embeddings: int = 512
-    layer_norm_eps: float = 1e-12
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    initializer_range: float = 0.02
-    encoder_width: int = 768  # V; the model sets it to its ViT's width
-
-
-# What a BERT config may also say, without meaning for this encoder.
-_IGNORED = {
-    "architectures", "model_type", "type_vocab_size", "pad_token_id", "add_cross_attention", "hidden_act",
-}  # fmt: skip
-
-
-def load_med_config(path: str | Path) -> MedConfig:
-    """Read a text encoder's JSON; a key that this encoder cannot honour is a ValueError naming it."""
-    path = Path(path)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"med_config: there is no file {path}.") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"med_config: {path} is not valid JSON ({error}).") from None
-    unknown = set(values) - set(MedConfig.__dataclass_fields__) - _IGNORED
-    if unknown:
-        raise ValueError(
-            f"{path}: unknown text-encoder key(s) {sorted(unknown)}; known: {sorted(MedConfig.__dataclass_fields__)}."
-        )
-    if values.get("hidden_act", "gelu") != "gelu":
-        raise ValueError(f"{path}: hidden_act is {values['hidden_act']!r}; this encoder computes 'gelu' only.")
-    config = MedConfig(**{key: value for key, value in values.items() if key not in _IGNORED})
-    if config.hidden_size % config.num_attention_heads:
-        raise ValueError(
-            f"{path}: hidden_size {config.hidden_size} is not a multiple of "
-            f"num_attention_heads {config.num_attention_heads}."
-        )
-    return config
-
-
-class PairRows:
-    """Which image each pair's text looks at, so that an image's keys and values serve all of its texts.
-
-    `image_of_pair`: P host integers in [0, m). Pairs of one image take slots 0, 1, ... beside each other.
-    """
-
-    def __init__(self, image_of_pair: list[int], num_images: int, device: torch.device):
-        filled = [0] * num_images
-        slots = []
-        for image in image_of_pair:
-            slots.append(filled[image])
-            filled[image] += 1
-        self.num_slots = max(filled)
-        self.index = torch.tensor([image_of_pair, slots], device=device)  # (2, P)
-        self.identity = image_of_pair == list(range(num_images))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-        """q (P, H, L, d), k and v (m, H, N, d) -> (P, H, L, d): all texts of an image are one long query."""
-        if self.identity:
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        image, slot = self.index
-        (_, heads, length, width), m = q.shape, len(k)
-        grid = q.new_zeros(m, self.num_slots, heads, length, width).index_put((image, slot), q)
-        grid = grid.transpose(1, 2).flatten(2, 3)  # (m, H, slots * L, d)
-        context = F.scaled_dot_product_attention(grid, k, v, dropout_p=dropout)
-        return context.unflatten(2, (self.num_slots, length)).transpose(1, 2)[image, slot]
-
-
-class PaddedTexts:
-    """Tokens as a (P, L) rectangle; padding is masked, and absent where all texts have the same length."""
-
-    def __init__(self, attention_mask: Tensor, rows: PairRows | None = None, padded: bool = True):
-        self.mask = attention_mask.bool()[:, None, None, :] if padded else None  # (P, 1, 1, L)
-        self.rows = rows
-
-    def pack(self, x: Tensor) -> Tensor:
-        return x
-
-    def unpack(self, x: Tensor) -> Tensor:
-        return x
-
-    def first(self, x: Tensor) -> Tensor:
-        return x[:, :1]  # (P, 1, D)
-
-    def attend_text(self, q: Tensor, k: Tensor, v: Tensor, heads: int, dropout: float) -> Tensor:
-        q, k, v = (split_heads(x, heads) for x in (q, k, v))
-        return merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, dropout_p=dropout))
-
-    def attend_image(self, q: Tensor, k: Tensor, v: Tensor, heads: int, dropout: float) -> Tensor:
-        q, k, v = (split_heads(x, heads) for x in (q, k, v))
-        return merge_heads(self.rows.attend(q, k, v, dropout))
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (P, L, D) -> (P, H, L, d)
-
-
-def merge_heads(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).flatten(2)  # (P, H, L, d) -> (P, L, D)
 
 
 class AttentionProjections(nn.Module):
@@ -191,11 +77,11 @@ class BertLayer(nn.Module):
         self.intermediate = Intermediate(config)
         self.output = ResidualOutput(config.intermediate_size, config)
 
-    def text_part(self, x: Tensor, texts, cls_only: bool = False) -> Tensor:
+    def text_part(self, x: Tensor, texts: Arrangement, cls_only: bool = False) -> Tensor:
         """Self-attention; with cls_only of the first token alone (keys and values of all)."""
         return self.attention(texts.first(x) if cls_only else x, x, texts.attend_text)
 
-    def image_part(self, x: Tensor, texts, image_tokens: Tensor | None) -> Tensor:
+    def image_part(self, x: Tensor, texts: Arrangement, image_tokens: Tensor | None) -> Tensor:
         """Cross-attention and MLP. An image's keys and values are computed once, whatever its number of texts."""
         if image_tokens is not None:
             x = self.crossattention(x, image_tokens, texts.attend_image)
@@ -239,18 +125,14 @@ class BertModel(nn.Module):
         self,
         text: TokenizedText,
         image_tokens: Tensor | None = None,
-        rows: PairRows | RaggedTexts | None = None,
+        arrangement: WholeArrangement | None = None,
         cls_only: bool = False,
-        padded: bool = True,
     ) -> Tensor:
         """ids (P, L), image tokens (m, N, V) -> (P, L, D); with cls_only (P, 1, D), the last layer's rest not computed.
 
-        `rows` says which image each text looks at (absent: text p at image p); RaggedTexts, with cls_only, takes the
-        padding out. `padded=False` promises that the mask is all ones.
+        Without an arrangement texts are a masked rectangle, and text p looks at image p.
         """
-        if image_tokens is not None and rows is None:
-            rows = PairRows(list(range(len(image_tokens))), len(image_tokens), image_tokens.device)
-        texts = rows if isinstance(rows, RaggedTexts) else PaddedTexts(text.attention_mask, rows, padded)
+        texts = arrangement or PlainTexts(text.attention_mask)
         x = texts.pack(self.embeddings(text.input_ids))
         last = len(self.encoder.layer) - 1
         for i, layer in enumerate(self.encoder.layer):

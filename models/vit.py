@@ -14,14 +14,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# width, depth, heads, stochastic depth. base and large are the paper's; the others are for small machines and tests.
-VIT_SIZES = {
-    "base": (768, 12, 12, 0.0),
-    "large": (1024, 24, 16, 0.1),
-    "small": (384, 12, 6, 0.0),
-    "tiny": (192, 12, 3, 0.0),
-    "nano": (96, 6, 3, 0.0),
-}
+from configs.sizes import VIT_SIZES
 
 
 class VitBlock(Block):

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from ruamel.yaml import YAML
 
+from configs.sizes import MedConfig
 from models.blip_retrieval import BLIP_Retrieval
-from models.med import MedConfig
 
 WORDS = "a red blue green dog cat man woman on under near with table street ball the small large two running".split()
 

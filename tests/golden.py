@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from configs.sizes import MedConfig
 from models.blip_retrieval import BLIP_Retrieval
-from models.med import MedConfig
 from tests.golden_inputs import checksum, fill, images
+from training.step import StepReport
 
 ASSETS = Path(__file__).parent / "assets"
 LOSS_RTOL, GRAD_RTOL, PARAM_ATOL, QUEUE_ATOL = 2e-5, 1e-4, 5e-5, 1e-5
@@ -52,6 +53,11 @@ class Golden:
         pixels = images(f"{self.name}/im{step}", self.global_batch, self.meta["image_size"], self.meta["seed"])
         captions = [str(caption) for caption in self.data[f"captions_{step}"]]
         return pixels.to(dtype), captions, torch.tensor(self.data[f"idx_{step}"]), float(self.data[f"alpha_{step}"])
+
+
+def losses_by_rank(report: StepReport) -> torch.Tensor:
+    """(R, 2) loss_ita and loss_itm."""
+    return torch.stack([report.by_rank[name] for name in ("loss_ita", "loss_itm")], dim=1)
 
 
 def argmax_instead_of_sampling(monkeypatch) -> None:

@@ -14,7 +14,9 @@ from PIL import Image
 
 import train_retrieval
 from configs.schema import load_config
-from data import images, recipe
+from data import images
+from models.blip_retrieval import build_model
+from training import recipe
 
 
 def run(folder: Path, *args: str) -> int:
@@ -144,7 +146,7 @@ def checkpoint(change=None, data: bytes | None = None, **other):
             path.write_bytes(data)
         else:
             cfg = load_config(folder / "config.yaml", {k: str(v) for k, v in other.items()})
-            saved = {"model": train_retrieval.build_model(cfg).state_dict()}
+            saved = {"model": build_model(cfg).state_dict()}
             torch.save(change(saved) if change else saved, path)
         return ["--set", f"pretrained={path}"]
 

@@ -11,10 +11,10 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch.nn import functional as F
 
-from models import checkpoint
+from checkpoints.__main__ import main
+from checkpoints.load import load_pretrained
+from checkpoints.weights import DamagedFile, read_pth, resample_pos_embed
 from models.blip_retrieval import BLIP_Retrieval
-from models.checkpoint import load_pretrained, main
-from models.weights import DamagedFile, read_pth, resample_pos_embed
 from tests.conftest import tiny_med, tiny_model
 
 ASSETS = Path(__file__).parent / "assets"
@@ -305,7 +305,7 @@ def test_flipped_bit_is_found_by_the_check_sums(tmp_path):
 @pytest.fixture(autouse=True)
 def logging_as_before(monkeypatch):
     """`main` sets up the process's logging, which other tests must not inherit."""
-    monkeypatch.setattr(checkpoint, "setup_logging", lambda: None)
+    monkeypatch.setattr("checkpoints.__main__.setup_logging", lambda: None)
 
 
 def test_inspect_says_what_a_file_holds(tmp_path, capsys):

@@ -11,14 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
-import train_retrieval
-from configs.schema import load_config, resolve
+from configs.schema import load_config
 from data import checks
 from data.annotations import Annotations
-from data.metrics import within_noise
-from data.recipe import check_disk, check_recipe, require_negatives
-from models.meters import Watch
+from models.blip_retrieval import build_model
+from retrieval import evaluate
+from retrieval.metrics import within_noise
 from tests.test_train import ROOT, lines, run
+from training import loop
+from training.monitor import TrainingWarnings
+from training.recipe import check_disk, check_recipe, require_negatives
 
 
 def check(folder, capsys, *pairs: str) -> str:
@@ -95,7 +97,7 @@ def test_copies_under_other_names_are_found_by_their_bytes(tiny_run, capsys):
 
 
 def test_a_finetuned_checkpoint_is_told_from_a_pretrained_one(tiny_run, capsys):
-    state = train_retrieval.build_model(load_config(tiny_run / "config.yaml")).state_dict()
+    state = build_model(load_config(tiny_run / "config.yaml")).state_dict()
     path = tiny_run / "weights.pth"
     torch.save({"model": state}, path)
     assert "is a BLIP already fine-tuned for retrieval" in check(tiny_run, capsys, f"pretrained={path}")
@@ -111,9 +113,9 @@ def test_a_finetuned_checkpoint_is_told_from_a_pretrained_one(tiny_run, capsys):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("retrieval_*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_follow_the_rules(path, monkeypatch):
-    monkeypatch.setattr("data.recipe.cores", lambda: 4)
+    monkeypatch.setattr("training.recipe.cores", lambda: 4)
     pairs = {"coco": 566747, "flickr": 145000, "custom": 10000, "scenes": 18000, "emoji": 15470}
-    cfg = resolve(load_config(path), 1)
+    cfg = load_config(path)
     assert check_recipe(cfg, table(range(pairs[cfg.dataset]))).warnings == []
 
 
@@ -125,7 +127,7 @@ def test_shipped_configs_follow_the_rules(path, monkeypatch):
     ({"pretrained": ""}, []),  # nothing is published for random weights
 ])  # fmt: skip
 def test_batch_and_rate_are_held_against_the_published_rule(changes, said):
-    cfg = resolve(load_config(ROOT / "tests" / "assets" / "blip_retrieval_coco.yaml", changes), 1)
+    cfg = load_config(ROOT / "tests" / "assets" / "blip_retrieval_coco.yaml", changes)
     pairs = 1000 if "max_epoch" in changes else 566747
     found = [line for line in check_recipe(cfg, table(range(pairs))).warnings if "num_workers" not in line]
     assert len(found) == len(said)
@@ -134,7 +136,7 @@ def test_batch_and_rate_are_held_against_the_published_rule(changes, said):
 
 
 def test_room_for_checkpoints(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.recipe.shutil.disk_usage", lambda path: SimpleNamespace(free=15_000_000_000))
+    monkeypatch.setattr("training.recipe.shutil.disk_usage", lambda path: SimpleNamespace(free=15_000_000_000))
     found = check_disk(tmp_path / "a" / "b", 223_000_000, keep_last=2)
     assert not found.errors and "4 checkpoints of 3.57 GB at most, 15 GB free" in found.facts[0]
     assert "too full" in check_disk(tmp_path / "a", 250_000_000, 2).errors[0]
@@ -157,23 +159,23 @@ def test_a_pool_of_one_image_is_found_before_the_first_step(ids, everywhere, fai
 
 
 def test_matching_at_its_prior_is_said_once(caplog):
-    watch = Watch(steps_per_epoch=100)
+    warnings = TrainingWarnings(steps_per_epoch=100)
     for step in range(400):
-        watch.step(f"step {step}", 0.6365 + 0.05 * (-1) ** step, 0.07)
+        warnings.step(f"step {step}", 0.6365 + 0.05 * (-1) ** step, 0.07)
     (record,) = [r for r in caplog.records if "loss_itm" in r.message]
     assert record.message.startswith("warning: step 99") and "pretrained" in record.message
     caplog.clear()
-    watch = Watch(100)
+    warnings = TrainingWarnings(100)
     for _ in range(400):
-        watch.step("", 0.60, 0.07)
+        warnings.step("", 0.60, 0.07)
     assert not caplog.records
 
 
 @pytest.mark.parametrize(("temp", "limit"), [(0.001, "0.001"), (0.0009, "0.001"), (0.5, "0.5"), (0.51, "0.5")])
 def test_a_temperature_at_its_limit_is_said_once(caplog, temp, limit):
-    watch = Watch(100)
+    warnings = TrainingWarnings(100)
     for value in (0.07, temp, temp):
-        watch.step("epoch 0, step 1", 0.5, float(torch.tensor(value)))
+        warnings.step("epoch 0, step 1", 0.5, float(torch.tensor(value)))
     (record,) = caplog.records
     assert f"limit {limit} " in record.message and "temp_lr_scale" in record.message
 
@@ -189,20 +191,20 @@ def test_recall_within_noise_of_chance():
 
 
 def test_chance_level_is_said_after_an_epoch(tiny_run, capsys, monkeypatch):
-    monkeypatch.setattr(train_retrieval, "within_noise", lambda *args: True)
+    monkeypatch.setattr("retrieval.evaluate.within_noise", lambda *args: True)
     assert run(tiny_run) == 0
     assert capsys.readouterr().err.count("within noise of chance") == 1  # not once an epoch
 
 
 def test_a_long_list_of_images_goes_to_a_file(tiny_run, capsys, monkeypatch):
-    original = train_retrieval.compute_gradients
+    original = loop.compute_gradients
 
     def broken(*args):
         report = original(*args)
-        report.sums.fill_(float("inf"))
+        report.by_rank["loss_ita"].fill_(float("inf"))
         return report
 
-    monkeypatch.setattr(train_retrieval, "compute_gradients", broken)
+    monkeypatch.setattr(loop, "compute_gradients", broken)
     assert run(tiny_run, "--set", "global_batch_size=12") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     path = tiny_run / "out" / "nonfinite_batch.txt"
@@ -211,7 +213,7 @@ def test_a_long_list_of_images_goes_to_a_file(tiny_run, capsys, monkeypatch):
 
 
 def test_scores_that_are_not_finite_stop_the_run(tiny_run, capsys, monkeypatch):
-    original = train_retrieval.rerank
+    original = evaluate.rerank
 
     def broken(*args):
         ranking = original(*args)
@@ -219,7 +221,7 @@ def test_scores_that_are_not_finite_stop_the_run(tiny_run, capsys, monkeypatch):
             ranking.itm.i2t_value[0, 0] = float("nan")
         return ranking
 
-    monkeypatch.setattr(train_retrieval, "rerank", broken)
+    monkeypatch.setattr(evaluate, "rerank", broken)
     assert run(tiny_run) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: custom val: 1 of") and "not finite" in error and "last good state" in error
@@ -275,7 +277,7 @@ def test_training_stops_at_a_broken_image_that_the_sample_missed(tiny_run, capsy
 def test_messages_below_warning_stay_silent_elsewhere(caplog):
     found = checks.Findings(["a fact"], ["a warning"], [])
     with caplog.at_level(logging.INFO):
-        found.act()
+        found.raise_or_log()
     assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
     with pytest.raises(ValueError, match="first .2 more: --check lists all."):
-        checks.Findings(errors=["first", "b", "c"]).act()
+        checks.Findings(errors=["first", "b", "c"]).raise_or_log()

@@ -10,8 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from models.rerank import own_blocks, rerank
-from models.train_step import train_step
+from retrieval.rerank import own_blocks, rerank
 from tests.conftest import random_captions, tiny_model
 from tests.golden import (
     GRAD_RTOL,
@@ -21,8 +20,10 @@ from tests.golden import (
     QUEUE_ATOL,
     Golden,
     gradient_deviation,
+    losses_by_rank,
     state_deviation,
 )
+from training.step import train_step
 from transform.text import TokenizedText, tokenize
 from utils import all_gather, all_reduce_sum, average_gradients
 
@@ -48,7 +49,7 @@ def golden_run(name: str, rank: int) -> dict:
         optimizer.zero_grad()
         report = train_step(model, image, tokenize(captions), idx, alpha, micro_batch=2)
         average_gradients(model, bucket_bytes=1 << 20)
-        result["losses"].append(all_reduce_sum(report.sums)[:, :2].tolist())
+        result["losses"].append(all_reduce_sum(losses_by_rank(report)).tolist())
         if step == 0:
             result["gradient"] = gradient_deviation(model, golden)
         optimizer.step()
@@ -80,7 +81,7 @@ def emulate(model, image, text, idx, ranks: int) -> dict:
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None and not n.endswith(NOISE)}
     return {
         "grads": grads,
-        "losses": all_reduce_sum(report.sums)[:, :2],
+        "losses": all_reduce_sum(losses_by_rank(report)),
         "queue": model.image_queue,
         "ids": model.idx_queue,
     }

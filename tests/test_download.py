@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import download
-from models.download import cache_folder, local_path
-from models.weights import DamagedFile, read_weights
+from checkpoints import download
+from checkpoints.download import cache_folder, local_path
+from checkpoints.weights import DamagedFile, read_weights
 
 CONTENT = bytes(range(256)) * 2000  # 512 kB
 fork = multiprocessing.get_context("fork")

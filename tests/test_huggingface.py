@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import BlipForImageTextRetrieval
 
+from checkpoints.__main__ import export_folder, import_folder, main
+from checkpoints.load import load_pretrained
+from checkpoints.weights import DamagedFile
+from configs.sizes import MedConfig
 from models.blip_retrieval import BLIP_Retrieval, as_match_input
-from models.checkpoint import export_folder, import_folder, load_pretrained, main
-from models.med import MedConfig
-from models.weights import DamagedFile
 from tests.conftest import tiny_med, tiny_model
 from transform.text import tokenize
 
@@ -192,7 +193,7 @@ def test_cut_tensors_are_damaged(foreign):
 
 @pytest.fixture(autouse=True)
 def logging_as_before(monkeypatch):
-    monkeypatch.setattr("models.checkpoint.setup_logging", lambda: None)
+    monkeypatch.setattr("checkpoints.__main__.setup_logging", lambda: None)
 
 
 def test_commands_there_and_back(tmp_path, capsys):
@@ -233,7 +234,7 @@ def test_interrupted_export_leaves_the_former_folder(tmp_path, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("models.huggingface.save_file", full)
+    monkeypatch.setattr("checkpoints.huggingface.save_file", full)
     assert main(["export", source, str(tmp_path / "hf")]) == 2
     assert (tmp_path / "hf" / "model.safetensors").read_bytes() == before
     assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == ["config.json", "model.safetensors"]

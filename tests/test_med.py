@@ -7,7 +7,9 @@ import torch
 from transformers.models.blip.configuration_blip import BlipTextConfig
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-from models.med import BertModel, PairRows, load_med_config
+from configs.sizes import load_med_config
+from models.arrangements import PlainTexts
+from models.med import BertModel
 from tests.conftest import random_captions, tiny_med
 from transform.text import tokenize
 
@@ -71,23 +73,15 @@ def test_text_with_image_tokens():
 
 @torch.no_grad()
 def test_shortcuts_are_exact():
-    """One [CLS] query in the last layer, no mask without padding, an image shared by its texts."""
+    """One [CLS] query in the last layer, no mask without padding."""
     model = BertModel(tiny_med(encoder_width=48)).double().eval()
-    text, image_tokens = tokenize(random_captions(6)), torch.randn(2, 7, 48).double()
-    image_of_pair = [1, 0, 1, 1, 0, 1]
-    full = model(text, image_tokens[image_of_pair])
-    shared = model(text, image_tokens, PairRows(image_of_pair, 2, torch.device("cpu")))
-    torch.testing.assert_close(shared, full, atol=1e-12, rtol=0)
-    torch.testing.assert_close(model(text, image_tokens[image_of_pair], cls_only=True), full[:, :1], atol=1e-12, rtol=0)
+    text, image_tokens = tokenize(random_captions(6)), torch.randn(6, 7, 48).double()
+    full = model(text, image_tokens)
+    torch.testing.assert_close(model(text, image_tokens, cls_only=True), full[:, :1], atol=1e-12, rtol=0)
     for i, length in enumerate(text.attention_mask.sum(1).tolist()):
         alone = type(text)(*(x[i : i + 1, :length] for x in text))
-        torch.testing.assert_close(model(alone, cls_only=True, padded=False)[0], model(text)[i, :1], atol=1e-12, rtol=0)
-
-
-def test_an_image_without_texts_is_allowed():
-    model = BertModel(tiny_med(encoder_width=48)).eval()
-    rows = PairRows([2, 2], 3, torch.device("cpu"))
-    assert model(tokenize(["a dog", "a red cat"]), torch.randn(3, 4, 48), rows).shape == (2, 5, 64)
+        states = model(alone, arrangement=PlainTexts(attention_mask=None), cls_only=True)
+        torch.testing.assert_close(states[0], model(text)[i, :1], atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize(

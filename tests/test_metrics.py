@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data.metrics import NOT_FOUND, chance_metrics, ranks, recall, retrieval_metrics
+from retrieval.metrics import NOT_FOUND, chance_metrics, places, recall, retrieval_metrics
 
 IDS = np.arange(4)
 
@@ -15,29 +15,29 @@ def dense(scores) -> tuple[np.ndarray, np.ndarray]:
     return order, np.take_along_axis(scores, order, axis=1)
 
 
-def test_ranks_of_a_hand_made_matrix():
+def test_places_of_a_hand_made_matrix():
     scores = [[0.9, 0.1, 0.2, 0.3], [0.5, 0.4, 0.3, 0.2], [0.1, 0.2, 0.0, 0.3], [0.1, 0.2, 0.3, 0.4]]
-    assert ranks(*dense(scores), IDS, IDS).tolist() == [0, 1, 3, 0]
+    assert places(*dense(scores), IDS, IDS).tolist() == [0, 1, 3, 0]
 
 
 def test_several_right_answers_count_the_best():
     texts_of = np.array([0, 0, 1, 1])
     scores = [[0.1, 0.3, 0.2, 0.0], [0.9, 0.8, 0.7, 0.6]]
-    assert ranks(*dense(scores), np.array([0, 1]), texts_of).tolist() == [0, 2]
+    assert places(*dense(scores), np.array([0, 1]), texts_of).tolist() == [0, 2]
 
 
 def test_several_images_of_one_id_are_all_right():
     images = np.array([5, 5, 9])  # two drawings of concept 5
-    assert ranks(*dense([[0.2, 0.9, 0.5]]), np.array([5]), images).tolist() == [0]
+    assert places(*dense([[0.2, 0.9, 0.5]]), np.array([5]), images).tolist() == [0]
 
 
 def test_order_of_the_shortlist_does_not_matter_and_ties_go_to_the_lower_index():
     candidates, scores = np.array([[3, 1, 0]]), np.array([[0.5, 0.5, 0.5]])
-    assert [ranks(candidates, scores, np.array([q]), IDS)[0] for q in range(4)] == [0, 1, NOT_FOUND, 2]
+    assert [places(candidates, scores, np.array([q]), IDS)[0] for q in range(4)] == [0, 1, NOT_FOUND, 2]
 
 
 def test_a_right_answer_outside_the_shortlist_is_never_found():
-    rank = ranks(np.array([[1, 2]]), np.array([[0.1, 0.2]]), np.array([0]), IDS)
+    rank = places(np.array([[1, 2]]), np.array([[0.1, 0.2]]), np.array([0]), IDS)
     assert rank.tolist() == [NOT_FOUND]
     assert recall(rank, "txt") == {"txt_r1": 0, "txt_r5": 0, "txt_r10": 0, "txt_r_mean": 0}
 
@@ -45,7 +45,7 @@ def test_a_right_answer_outside_the_shortlist_is_never_found():
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_non_finite_scores_are_refused(bad):
     with pytest.raises(ValueError, match="1 of 2 scores are not finite"):
-        ranks(np.array([[0, 1]]), np.array([[bad, 0.2]]), np.array([0]), IDS)
+        places(np.array([[0, 1]]), np.array([[bad, 0.2]]), np.array([0]), IDS)
 
 
 def test_random_matrices_equal_the_sorted_loop():
@@ -53,7 +53,7 @@ def test_random_matrices_equal_the_sorted_loop():
     for _ in range(20):
         images, texts = rng.integers(0, 6, 7), rng.integers(0, 6, 11)
         scores = rng.standard_normal((7, 11)).astype(np.float32)
-        got = ranks(*dense(scores), images, texts)
+        got = places(*dense(scores), images, texts)
         for row, image, rank in zip(scores, images, got, strict=True):
             hits = np.flatnonzero(texts[np.argsort(-row)] == image)
             assert rank == (hits[0] if len(hits) else NOT_FOUND)

@@ -14,10 +14,10 @@ import torch
 
 from benchmarks.bench_evaluate import plant_gallery
 from benchmarks.published import published_matrices
-from data.metrics import KS, ranks, retrieval_metrics
-from models.adjudicate import CUTOFFS, Queries, adjudicate, open_pairs
-from models.packed import _passes, score_pairs
-from models.rerank import encode_images, encode_texts, needed_pairs, rerank, score_matrices, shortlist
+from retrieval.metrics import KS, places, retrieval_metrics
+from retrieval.recheck import Queries, open_pairs, recheck_in_float32
+from retrieval.rerank import encode_images, encode_texts, needed_pairs, rerank, score_matrices, shortlist
+from retrieval.scoring import _passes, score_pairs
 from tests.conftest import random_captions, tiny_med, tiny_model
 from transform.text import tokenize
 from utils import precision
@@ -93,7 +93,7 @@ def test_passes_cover_everything_and_hold_the_bound():
 
 
 def test_shortlists_are_the_best_cosines_in_chunks(monkeypatch):
-    monkeypatch.setattr("models.rerank.SIMILARITY_CHUNK", 40)
+    monkeypatch.setattr("retrieval.rerank.SIMILARITY_CHUNK", 40)
     image, text = torch.randn(9, 5), torch.randn(13, 5)
     lists = shortlist(image, text, np.arange(13), 4)
     expected = (image @ text.T).topk(4, dim=1)
@@ -137,7 +137,7 @@ def coco_bookkeeping() -> float:
     screened = np.random.default_rng(0).standard_normal(len(pairs.image), dtype=np.float32)
     i2t = Queries(pairs.i2t, lists.i2t_value, gallery.text_ids[lists.i2t] == gallery.image_ids[:, None])
     t2i = Queries(pairs.t2i, lists.t2i_value, gallery.image_ids[lists.t2i] == gallery.text_ids[:, None])
-    scores = adjudicate(screened, [i2t, t2i], lambda some: screened[some] + np.float32(0.001))
+    scores = recheck_in_float32(screened, [i2t, t2i], lambda some: screened[some] + np.float32(0.001))
     ids = gallery.image_ids, gallery.text_ids
     retrieval_metrics(lists.i2t, scores[pairs.i2t], lists.t2i, scores[pairs.t2i], *ids)
     return 1024.0 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -167,12 +167,12 @@ def test_bf16_recall_equals_float32_recall_with_adjudication_only():
         exact = rerank(model, [pixels], 12, captions, 12, 12)
         with precision(model, "bf16"):
             plain = rerank(model, [pixels], 12, captions, 12, 12)
-            adjudicated = rerank(model, [pixels], 12, captions, 12, 12, image_ids=IMAGE_IDS, text_ids=TEXT_IDS)
-        for lists in (plain.itc, adjudicated.itc):  # the encoders compute in float32
+            rechecked = rerank(model, [pixels], 12, captions, 12, 12, image_ids=IMAGE_IDS, text_ids=TEXT_IDS)
+        for lists in (plain.itc, rechecked.itc):  # the encoders compute in float32
             np.testing.assert_array_equal(lists.i2t, exact.itc.i2t)
             np.testing.assert_array_equal(lists.t2i_value, exact.itc.t2i_value)
         assert not np.array_equal(plain.itm.i2t_value, exact.itm.i2t_value)
-        assert recall_of(adjudicated.itm) == recall_of(exact.itm), seed
+        assert recall_of(rechecked.itm) == recall_of(exact.itm), seed
         same_without += recall_of(plain.itm) == recall_of(exact.itm)
     assert same_without < 8
 
@@ -181,7 +181,7 @@ def test_ids_change_nothing_in_float32(monkeypatch):
     model = tiny_model().eval()
     pixels, captions = torch.randn(12, 3, 32, 32), random_captions(36)
     expected = rerank(model, [pixels], 12, captions, 5, 12)
-    monkeypatch.setattr("models.rerank.adjudicate", None)
+    monkeypatch.setattr("retrieval.rerank.recheck_in_float32", None)
     got = rerank(model, [pixels], 12, captions, 5, 12, image_ids=IMAGE_IDS, text_ids=TEXT_IDS)
     np.testing.assert_array_equal(got.itm.i2t_value, expected.itm.i2t_value)
 
@@ -197,11 +197,11 @@ def drawn_direction(rng: np.random.Generator) -> tuple[np.ndarray, Queries]:
 
 def ranks_of(scores: np.ndarray, queries: Queries) -> np.ndarray:
     ids = np.where(queries.right, 0, 1).ravel()  # of candidates; queries have id 0
-    return ranks(queries.pair, scores[queries.pair], np.zeros(len(queries.pair), int), ids)
+    return places(queries.pair, scores[queries.pair], np.zeros(len(queries.pair), int), ids)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_adjudicated_ranks_fall_on_the_same_side_of_every_cutoff(seed):
+def test_rechecked_ranks_fall_on_the_same_side_of_every_cutoff(seed):
     rng = np.random.default_rng(seed)
     exact, queries = drawn_direction(rng)
     screened = exact + rng.uniform(-0.01, 0.01, exact.shape).astype(np.float32)
@@ -211,7 +211,7 @@ def test_adjudicated_ranks_fall_on_the_same_side_of_every_cutoff(seed):
         asked.extend(some.tolist())
         return exact[some]
 
-    scores = adjudicate(screened, [queries], rescore)
+    scores = recheck_in_float32(screened, [queries], rescore)
     expected = ranks_of(exact, queries)
     for k in KS:
         np.testing.assert_array_equal(ranks_of(scores, queries) < k, expected < k)
@@ -228,8 +228,8 @@ def test_an_error_beyond_the_margin_widens_it(caplog):
     far = far[~queries.right.ravel()[far]]
     screened[far] += rng.choice([-0.02, 0.02], len(far)).astype(np.float32)
     with caplog.at_level(logging.INFO), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("models.adjudicate.SAMPLE", 0)  # so that the first error measured is a small one
-        scores = adjudicate(screened, [queries], lambda some: exact[some])
+        patch.setattr("retrieval.recheck.SAMPLE", 0)  # so that the first error measured is a small one
+        scores = recheck_in_float32(screened, [queries], lambda some: exact[some])
     assert "exceeded by" in caplog.messages[-1] and "exceeded by 0 pairs" not in caplog.messages[-1]
     for k in KS:
         np.testing.assert_array_equal(ranks_of(scores, queries) < k, ranks_of(exact, queries) < k)
@@ -237,7 +237,7 @@ def test_an_error_beyond_the_margin_widens_it(caplog):
 
 def test_open_pairs_by_hand():
     """One right answer (pair 0, score 0); of six wrong candidates some are surely ahead, some unsure."""
-    assert CUTOFFS == KS
+    assert KS == KS
     queries = Queries(np.arange(7)[None], np.zeros((1, 7)), np.arange(7)[None] == 0)
     known = np.arange(7) == 0
 

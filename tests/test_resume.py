@@ -10,14 +10,16 @@ import pytest
 import torch
 
 import train_retrieval
+from checkpoints.runs import find_runs
 from tests.test_train import LAUNCHER, ROOT, lines, run
 
 # Train like train_retrieval.py, but send this process a signal at the COUNT-th step of the first attempt.
 SABOTAGE = """
 import os, signal, sys
 import train_retrieval
+from training import loop
 signal_name, count, marker, rank, *argv = sys.argv[1:]
-steps, original = 0, train_retrieval.average_gradients
+steps, original = 0, loop.average_gradients
 def average_gradients(model):
     global steps
     steps += 1
@@ -25,7 +27,7 @@ def average_gradients(model):
         open(marker, "w").close()
         os.kill(os.getpid(), getattr(signal, signal_name))
     original(model)
-train_retrieval.average_gradients = average_gradients
+loop.average_gradients = average_gradients
 sys.exit(train_retrieval.main(argv))
 """
 STEPS_PER_EPOCH = 3  # of tiny_run
@@ -51,7 +53,7 @@ def straight(folder: Path) -> tuple[list[dict], dict]:
 
 
 def outcome(folder: Path) -> tuple[list[dict], dict]:
-    return lines(folder / "log.txt"), torch.load(train_retrieval.find_runs(folder)[0], weights_only=True)
+    return lines(folder / "log.txt"), torch.load(find_runs(folder)[0], weights_only=True)
 
 
 def assert_equal_outcomes(got: tuple[list[dict], dict], expected: tuple[list[dict], dict]) -> None:

@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from checkpoints import runs
+from checkpoints.load import load_pretrained
+from checkpoints.runs import RunState, find_runs, load_run, resume, save_checkpoint, save_run
+from checkpoints.weights import DamagedFile
 from configs.schema import RetrievalConfig
-from models import runs
 from models.blip_retrieval import BLIP_Retrieval
-from models.checkpoint import RunState, find_runs, load_pretrained, load_run, resume, save_checkpoint, save_run
-from models.train_step import train_step
-from models.weights import DamagedFile
 from tests.conftest import tiny_med, tiny_model
+from training.step import train_step
 from transform.text import TokenizedText
 
 CONFIG = asdict(RetrievalConfig(dataset="scenes", vit="nano", image_size=32, global_batch_size=4, ranks_emulated=1))

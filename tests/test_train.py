@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 import train_retrieval
 from configs.schema import load_config
 from data.checks import Findings
+from training import loop
 
 ROOT = Path(__file__).parent.parent
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
@@ -73,8 +74,8 @@ def test_evaluate_writes_its_result_and_nothing_else(tiny_run):
 
 def test_evaluate_loads_finetuned_before_pretrained(tiny_run, monkeypatch):
     loaded = []
-    monkeypatch.setattr(train_retrieval, "load_pretrained", lambda model, source, cache_dir: loaded.append(source))
-    monkeypatch.setattr(train_retrieval, "check_checkpoint", lambda *_: Findings())
+    monkeypatch.setattr("retrieval.evaluate.load_pretrained", lambda model, source, cache_dir: loaded.append(source))
+    monkeypatch.setattr("training.preflight.check_checkpoint", lambda *_: Findings())
     run(tiny_run, "--evaluate", "--set", "pretrained=p.pth")
     run(tiny_run, "--evaluate", "--set", "pretrained=p.pth", "finetuned=f.pth")
     assert loaded == ["p.pth", "f.pth"]
@@ -150,15 +151,15 @@ def test_a_batch_of_one_image_is_an_error_before_the_step(tiny_run, capsys):
 
 
 def test_a_non_finite_loss_stops_the_run_and_names_step_images_and_last_save(tiny_run, capsys, monkeypatch):
-    original = train_retrieval.compute_gradients
+    original = loop.compute_gradients
 
     def broken(model, *args):
         report = original(model, *args)
         if args[5] == 1:  # epoch 1
-            report.sums.fill_(float("nan"))
+            report.by_rank["loss_ita"].fill_(float("nan"))
         return report
 
-    monkeypatch.setattr(train_retrieval, "compute_gradients", broken)
+    monkeypatch.setattr(loop, "compute_gradients", broken)
     assert run(tiny_run) == 2
     error = capsys.readouterr().err
     assert "epoch 1, step 0" in error and "train_" in error and "checkpoint_e001_s000000.pth" in error

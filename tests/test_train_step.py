@@ -8,9 +8,9 @@ import torch
 from fairscale.nn.checkpoint import checkpoint_wrapper
 
 from benchmarks.published import published_step
-from models.train_step import RetrievalStep, train_step
 from tests.conftest import random_captions, tiny_med, tiny_model
-from tests.golden import NOISE, argmax_instead_of_sampling
+from tests.golden import NOISE, argmax_instead_of_sampling, losses_by_rank
+from training.step import Negatives, RetrievalStep, train_step
 from transform.text import tokenize
 
 RANKS, BATCH = 4, 3
@@ -55,7 +55,7 @@ def test_equals_the_published_algorithm_on_every_rank(monkeypatch, negative_all_
 
     report = train_step(ours, image, text, idx, 0.3, RANKS, micro_batch, keep_graphs)
     expected = torch.tensor([[ita.item(), itm.item()] for ita, itm in losses])
-    torch.testing.assert_close(report.sums[:, :2], expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(losses_by_rank(report), expected, rtol=1e-6, atol=0)
     assert_gradients_equal(gradients(ours), gradients(theirs))
     assert not report.starved
     for name, buffer in ours.named_buffers():
@@ -97,7 +97,7 @@ def test_forward_is_one_step_of_one_rank(monkeypatch):
     loss_ita, loss_itm = theirs(image, text, alpha=0.2, idx=idx)
     (loss_ita + loss_itm).backward()
     report = train_step(ours, image, text, idx, 0.2, micro_batch=5)
-    torch.testing.assert_close(report.sums[0, :2], torch.tensor([loss_ita.item(), loss_itm.item()]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(losses_by_rank(report)[0], torch.tensor([loss_ita.item(), loss_itm.item()]), rtol=1e-6, atol=0)
     assert_gradients_equal(gradients(ours), gradients(theirs))
 
 
@@ -126,7 +126,7 @@ def test_dropout_changes_nothing_in_expectation():
             torch.manual_seed(seed)
             if losses is ours:
                 model.zero_grad()
-                losses.append(train_step(model, image, text, idx, 0.3, micro_batch=4).sums[0, :2])
+                losses.append(losses_by_rank(train_step(model, image, text, idx, 0.3, micro_batch=4))[0])
             else:
                 with torch.no_grad():
                     losses.append(torch.stack(published_step(model, image, text, idx, 0.3)[0]).float())
@@ -147,14 +147,17 @@ def test_bfloat16_stays_near_float32(monkeypatch, negative_all_rank):
         checkpoint_wrapper(block)
     plain.autocast_dtype = checkpointed.autocast_dtype = torch.bfloat16
     step = RetrievalStep(copy.deepcopy(plain), image.float(), text, idx, 0.3, RANKS)
-    rows = slice(0, 3)
-    assert step.image_feat_m.dtype == step.text_feat_m.dtype == step.text_loss(rows).dtype == torch.float32
-    tokens = step.encode_image(slice(0, 12))
-    step.draw_negatives(slice(0, 12)) if negative_all_rank else [step.draw_negatives(pool) for pool in step.pools()]
-    assert {loss.dtype for loss in step.image_loss(rows, tokens[rows])} == {torch.float32}
+    samples, pool = slice(0, 3), step.pools()[0]
+    text_feat, (tokens, image_feat) = step.encode_text(pool), step.encode_image(pool)
+    negatives = step.draw_negatives(pool, image_feat, text_feat)
+    terms = step.image_terms(samples, tokens[samples], image_feat[samples], negatives)
+    losses = [terms["loss_ita"], terms["loss_itm"], *step.text_terms(samples, text_feat[samples]).values()]
+    features = [step.image_feat_m, step.text_feat_m, *(loss.values for loss in losses)]
+    assert {x.dtype for x in features} == {torch.float32}
     reports = [train_step(m, image.float(), text, idx, 0.3, RANKS, 3) for m in (exact, plain, checkpointed)]
-    torch.testing.assert_close(reports[1].sums[:, :2], reports[0].sums[:, :2], rtol=0.02, atol=0)
-    assert torch.equal(reports[1].sums, reports[2].sums)
+    torch.testing.assert_close(losses_by_rank(reports[1]), losses_by_rank(reports[0]), rtol=0.02, atol=0)
+    for name, values in reports[1].by_rank.items():
+        assert torch.equal(values, reports[2].by_rank[name]), name
     for name, buffer in plain.named_buffers():
         assert buffer.dtype == dict(exact.named_buffers())[name].dtype
     torch.testing.assert_close(plain.state_dict()["vision_proj_m.weight"], exact.state_dict()["vision_proj_m.weight"])
@@ -172,17 +175,18 @@ def test_the_host_reads_nothing_but_the_draws(monkeypatch, negative_all_rank):
     image, text, idx = inputs()
     pools = []
 
-    def draw(step, pool):
+    def draw(step, pool, image_feat, text_feat):
         pools.append(pool)
-        for drawn in (step.negative_image, step.negative_text):
-            drawn[pool] = [pool.start + (i + 1) % (pool.stop - pool.start) for i in range(pool.stop - pool.start)]
+        drawn = [-1] * len(step.image)
+        drawn[pool] = [pool.start + (i + 1) % (pool.stop - pool.start) for i in range(pool.stop - pool.start)]
+        return Negatives(drawn, drawn)
 
     monkeypatch.setattr(RetrievalStep, "draw_negatives", draw)
     monkeypatch.setattr("torch.is_autocast_enabled", lambda *_: False)
     monkeypatch.setattr("torch.autocast", lambda *_, **__: nullcontext())  # neither knows the device
     model = tiny_model(negative_all_rank=negative_all_rank).to("meta").train()
     report = train_step(model, image.float().to("meta"), text, idx.to("meta"), 0.3, RANKS, micro_batch=2)
-    assert report.sums.is_meta and model.itm_head.weight.grad.is_meta
+    assert report.by_rank["loss_itm"].is_meta and model.itm_head.weight.grad.is_meta
     assert len(pools) == (1 if negative_all_rank else RANKS)
 
 

@@ -4,6 +4,8 @@ Source: BLIP (Li et al., ICML 2022), `data/__init__.py`; mean and std are CLIP's
 Legend: S image_size.
 """
 
+import numpy as np
+from PIL import Image
 from torchvision.transforms import (
     Compose,
     InterpolationMode,
@@ -18,6 +20,18 @@ from transform.randaugment import RandomAugment
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """First frame as RGB; as in BLIP, alpha is dropped and an EXIF orientation is not applied."""
+    if image.mode.startswith("I"):  # 16-bit greyscale: Pillow would clip at 255, which leaves a white picture
+        grey = np.asarray(image).astype(np.int64)
+        if grey.max(initial=0) > 255:
+            grey = grey >> 8
+        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # same colours in the end, without Pillow's warning for each picture
+    return image.convert("RGB")
 
 
 def train_transform(image_size: int) -> Compose:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import BertTokenizer
 
 PAD, CLS, SEP = 0, 101, 102
@@ -38,6 +39,11 @@ class TokenizedText(NamedTuple):
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TokenizedText":
         """The same batch on `device`."""
         return TokenizedText(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
+
+    def padded(self) -> "TokenizedText":
+        """The same batch padded to MAX_TOKENS columns."""
+        missing = MAX_TOKENS - self.input_ids.shape[1]
+        return TokenizedText(*(F.pad(tensor, (0, missing)) for tensor in self))  # ids with PAD, masks with 0
 
     def pin_memory(self) -> "TokenizedText":
         """The same batch in page-locked memory, so that a copy to the GPU can overlap with computation."""

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from retrieval.metrics import KS
+
 log = logging.getLogger(__name__)
-CUTOFFS = (1, 5, 10)  # the K of Recall@K
 MARGIN = 4  # how many times the largest error seen still counts as near
 SAMPLE, SAMPLE_SHARE = 10_000, 50  # random pairs that measure the error: at most so many, and 1 of 50
 
@@ -28,7 +29,7 @@ class Queries(NamedTuple):
     right: np.ndarray  # whether the candidate is a right answer
 
 
-def adjudicate(
+def recheck_in_float32(
     screened: np.ndarray, directions: Sequence[Queries], rescore: Callable[[np.ndarray], np.ndarray]
 ) -> np.ndarray:
     """Scores (P,) that give float32's Recall: `screened` (P,), corrected by `rescore(pair indices)` where it matters.
@@ -76,6 +77,6 @@ def open_pairs(scores: np.ndarray, known: np.ndarray, directions: Sequence[Queri
         tied = ~queries.right & (score == best)  # which side these are on is the metric's business
         fewest = ((score > best) & ~unsure).sum(1)  # wrong candidates ahead, at least and at most
         most = fewest + (unsure | tied).sum(1)
-        hangs = np.any([(fewest < k) & (k <= most) for k in CUTOFFS], axis=0)
+        hangs = np.any([(fewest < k) & (k <= most) for k in KS], axis=0)
         is_open[queries.pair[unsure & hangs[:, None]]] = True
     return is_open

@@ -25,10 +25,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models.itc import TEMP_RANGE
-from models.med import MedConfig
-from models.vit import VIT_SIZES
-from models.weights import QUEUES, TWINS, DamagedFile, Sizes, WeightFile, few, official_names, read_sizes
+from checkpoints.weights import QUEUES, TWINS, DamagedFile, Sizes, WeightFile, few, official_names, read_sizes
+from configs.schema import TEMP_RANGE
+from configs.sizes import VIT_SIZES, MedConfig
 
 log = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from configs.schema import RetrievalConfig
 from data.annotations import Annotations
 from data.checks import Findings, cores
 from data.loaders import recipe_sampler
@@ -22,7 +22,7 @@ RATE = 1e-5  # of the others
 FEW_STEPS = 100
 
 
-def check_recipe(cfg: Any, table: Annotations) -> Findings:
+def check_recipe(cfg: RetrievalConfig, table: Annotations) -> Findings:
     """A resolved config against the size of its training set, the published recipe and the machine."""
     found, batch, pairs = Findings(), cfg.global_batch_size, len(table.captions)
     try:
@@ -44,7 +44,7 @@ def check_recipe(cfg: Any, table: Annotations) -> Findings:
     return found
 
 
-def recipe_warnings(cfg: Any, steps: int) -> list[str]:
+def recipe_warnings(cfg: RetrievalConfig, steps: int) -> list[str]:
     """Learning rate and momentum off by more than a factor of two from the rule of the shipped configs, few steps."""
     warnings, share = [], cfg.global_batch_size / BATCH
     published = RATES.get(cfg.vit, RATE)
@@ -90,7 +90,7 @@ def _gigabytes(size: float) -> str:
     return f"{size / 1e9:.3g} GB"
 
 
-def require_negatives(cfg: Any, table: Annotations, seed: int) -> None:
+def require_negatives(cfg: RetrievalConfig, table: Annotations, seed: int) -> None:
     """ValueError for the first step in which all samples of a pool show one image, so that no negative exists.
 
     `cfg` is resolved. The order of all epochs is known, so this is known before the first step.

@@ -13,15 +13,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from checkpoints.load import load_pretrained
+from configs.schema import RetrievalConfig
+from data.loaders import recipe_sampler, train_loader
+from data.retrieval import TrainBatch
 from models.blip_retrieval import BLIP_Retrieval
-from models.machine import auto_keep_graphs, compile_encoders
-from models.packed import score_pairs
-from models.rerank import encode_images, encode_texts
-from models.train_step import train_step
+from retrieval.rerank import encode_images, encode_texts
+from retrieval.scoring import score_pairs
+from training.compilation import compile_encoders
+from training.memory import auto_keep_graphs
+from training.preflight import Job
+from training.schedule import build_optimizer
+from training.step import train_step
 from transform.text import CLS, MAX_TOKENS, SEP, TokenizedText
-from utils import all_reduce_sum, average_gradients, build_optimizer, get_world_size, memory_mb, precision
+from utils import all_reduce_sum, average_gradients, get_rank, get_world_size, is_main, memory_mb, precision
 
 # Captions of 8, 9, ... 35 tokens among the 25,000 of COCO's Karpathy test split.
 CAPTION_LENGTHS = (1, 147, 2729, 4513, 5069, 4241, 3048, 1963, 1216, 721, 423, 288, 179, 127, 89, 50, 41, 36, 25, 25,
@@ -38,14 +44,6 @@ class DrySizes(NamedTuple):
     val_captions: int
 
 
-class Batch(NamedTuple):
-    """Samples of a step on the host, the first fields of what a loader yields."""
-
-    image: Tensor  # (n, 3, S, S)
-    text: TokenizedText
-    idx: Tensor  # (n,)
-
-
 def synthetic_captions(count: int, vocab_size: int, seed: int = 0) -> TokenizedText:
     """Random words with the lengths of COCO's captions: (count, 35)."""
     rng = np.random.default_rng(seed)
@@ -59,24 +57,25 @@ def synthetic_captions(count: int, vocab_size: int, seed: int = 0) -> TokenizedT
     return TokenizedText(torch.from_numpy(ids), torch.from_numpy((place < lengths).astype(np.int64)))
 
 
-def synthetic_batch(count: int, image_size: int, vocab_size: int, seed: int = 0) -> Batch:
+def synthetic_batch(count: int, image_size: int, vocab_size: int, seed: int = 0) -> TrainBatch:
     """Random pixels and words, every sample of another image."""
     pixels = torch.randn(count, 3, image_size, image_size, generator=torch.Generator().manual_seed(seed))
-    return Batch(pixels, synthetic_captions(count, vocab_size, seed), torch.arange(count))
+    names = [f"random {i}" for i in range(count)]
+    return TrainBatch(pixels, synthetic_captions(count, vocab_size, seed), torch.arange(count), names)
 
 
-def dry_run(model: BLIP_Retrieval, cfg: Any, sizes: DrySizes, batch: Any, device: torch.device) -> list[str]:
-    """Report lines on memory, speed and hours under a resolved config; it leaves the model trained on noise.
+def dry_run(
+    model: BLIP_Retrieval, cfg: RetrievalConfig, sizes: DrySizes, batch: TrainBatch, device: torch.device
+) -> list[str]:
+    """Report lines on memory, speed and hours, measured on a step's `batch` of this process; it trains the model.
 
-    `batch` is a TrainBatch of this process or None for random samples. Only the loader is in none of the times. Every
-    process must call it. ValueError if not a single sample fits into memory.
+    The times leave out what the loader takes. Every process must call it. ValueError if not a single sample fits into
+    memory.
     """
     local = cfg.global_batch_size // get_world_size()
-    if batch is None:
-        batch = synthetic_batch(local, cfg.image_size, model.text_encoder.config.vocab_size)
     if cfg.compile:
         compile_encoders(model)
-    trial = Trial(model, cfg, Batch(batch.image, batch.text, batch.idx), build_optimizer(model, cfg), device)
+    trial = Trial(model, cfg, batch, build_optimizer(model, cfg), device)
     model.train()
     with precision(model, cfg.precision):
         micro_batch, memory_line = fitting_micro_batch(trial, local)
@@ -96,6 +95,19 @@ def dry_run(model: BLIP_Retrieval, cfg: Any, sizes: DrySizes, batch: Any, device
     ]
 
 
+def print_dry_run(model: BLIP_Retrieval, job: Job) -> None:
+    """Print what the run would cost here, from a few steps on its first batch; writes nothing."""
+    cfg, table, val = job.cfg, job.splits["train"], job.splits["val"]
+    if cfg.pretrained:
+        load_pretrained(model, cfg.pretrained, cfg.cache_dir)
+    sampler = recipe_sampler(cfg, len(table.captions), job.args.seed, get_world_size(), get_rank())
+    batch = next(iter(train_loader(cfg, table, sampler, model.temp.device)))
+    sizes = DrySizes(len(table.captions), len(val.images), len(val.captions))
+    for line in dry_run(model, cfg, sizes, batch, model.temp.device):
+        if is_main():
+            print(line)
+
+
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
@@ -103,8 +115,8 @@ class Trial(NamedTuple):
     """What a step needs."""
 
     model: BLIP_Retrieval
-    cfg: Any
-    batch: Batch
+    cfg: RetrievalConfig
+    batch: TrainBatch
     optimizer: torch.optim.Optimizer
     device: torch.device
 
@@ -210,7 +222,7 @@ class Rates(NamedTuple):
 
 
 @torch.inference_mode()
-def evaluation_rates(model: BLIP_Retrieval, cfg: Any, sizes: DrySizes) -> Rates:
+def evaluation_rates(model: BLIP_Retrieval, cfg: RetrievalConfig, sizes: DrySizes) -> Rates:
     """Encode and score a small random gallery, with as many pairs an image as the real one has."""
     device, cuda = model.temp.device, model.temp.device.type == "cuda"
     own, num_texts = (min(16, cfg.batch_size_test), 2048) if cuda else (1, 32)
@@ -235,7 +247,7 @@ def evaluation_rates(model: BLIP_Retrieval, cfg: Any, sizes: DrySizes) -> Rates:
     return Rates(num_images / image_seconds, num_texts / text_seconds, len(image) / pair_seconds)
 
 
-def max_pairs(cfg: Any, sizes: DrySizes) -> int:
+def max_pairs(cfg: RetrievalConfig, sizes: DrySizes) -> int:
     """Both directions' shortlists; they share about a sixth of their pairs on COCO, so this is an upper bound."""
     images, captions = sizes.val_images, sizes.val_captions
     return min(images * captions, images * min(cfg.k_test, captions) + captions * min(cfg.k_test, images))
@@ -244,7 +256,7 @@ def max_pairs(cfg: Any, sizes: DrySizes) -> int:
 # ---- report ---------------------------------------------------------------------------------------------------------
 
 
-def hours(cfg: Any, sizes: DrySizes, step_seconds: float, rates: Rates) -> list[str]:
+def hours(cfg: RetrievalConfig, sizes: DrySizes, step_seconds: float, rates: Rates) -> list[str]:
     """Lines on an epoch, an evaluation and the whole run."""
     steps = sizes.train_captions // cfg.global_batch_size
     pairs = max_pairs(cfg, sizes)

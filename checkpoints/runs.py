@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from models.blip_retrieval import BLIP_Retrieval
-from models.weights import DamagedFile, few, read_pth
+from checkpoints.weights import DamagedFile, few, read_pth
 from utils import get_world_size, is_main
 
 log = logging.getLogger(__name__)
@@ -29,6 +28,7 @@ FIXED_KEYS = (
 # Of `text_config`: dropout may change, sizes may not.
 FREE_TEXT_KEYS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range")
 NAME = re.compile(r"checkpoint_e(\d+)_s(\d+)\.pth")
+BEST = "checkpoint_best.pth"  # weights of the epoch with the best validation r_mean
 PART = ".part"  # of a save that was interrupted
 
 
@@ -47,7 +47,7 @@ class RunState:
 
 
 def save_checkpoint(
-    path: str | Path, model: BLIP_Retrieval, optimizer: Optimizer, config: dict[str, Any], epoch: int, **extra: Any
+    path: str | Path, model: nn.Module, optimizer: Optimizer, config: dict[str, Any], epoch: int, **extra: Any
 ) -> None:
     """Write the official layout and `extra` in one step that either happens or does not; by rank 0 only.
 
@@ -97,7 +97,7 @@ def _require_plain(value: Any, where: str = "checkpoint") -> None:
 
 def save_run(
     folder: str | Path,
-    model: BLIP_Retrieval,
+    model: nn.Module,
     optimizer: Optimizer,
     config: dict[str, Any],
     state: RunState,
@@ -130,7 +130,7 @@ def find_runs(folder: str | Path) -> list[Path]:
 
 
 def resume(
-    source: str, folder: str | Path, model: BLIP_Retrieval, optimizer: Optimizer, config: dict[str, Any]
+    source: str, folder: str | Path, model: nn.Module, optimizer: Optimizer, config: dict[str, Any]
 ) -> RunState | None:
     """Continue from the file `source`, or under 'auto' from the newest readable save in `folder`; None if it has none.
 
@@ -149,7 +149,7 @@ def resume(
     return None
 
 
-def load_run(path: Path, model: BLIP_Retrieval, optimizer: Optimizer, config: dict[str, Any]) -> RunState:
+def load_run(path: Path, model: nn.Module, optimizer: Optimizer, config: dict[str, Any]) -> RunState:
     """Restore weights, twins, queues and optimizer; ValueError, with nothing restored, unless everything fits.
 
     Learning rates come back as saved; an optimizer's other options are those of the current config.
@@ -200,7 +200,7 @@ def _require_same_experiment(path: Path, data: dict[str, Any], config: dict[str,
         )  # fmt: skip
 
 
-def _require_fit(path: Path, data: dict[str, Any], model: BLIP_Retrieval, optimizer: Optimizer) -> None:
+def _require_fit(path: Path, data: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> None:
     """Everything `load_run` is about to write has the shape it will be written to."""
     target = {key: value.shape for key, value in model.state_dict().items()}
     saved = {key: value.shape for key, value in data["model"].items()}

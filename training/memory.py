@@ -1,28 +1,21 @@
-"""What this machine allows: how many image graphs stay in memory during a step, and compiled encoders.
-
-Both change speed and memory, not the method: gradients are equal to rounding.
-"""
+"""How many image graphs stay in memory during a step. It changes speed and memory, not the method."""
 
 import logging
 import os
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from models.arrangements import TrainingTexts
 from models.blip_retrieval import BLIP_Retrieval
 from models.itm import PAIRS_PER_SAMPLE
-from models.med import Intermediate, ResidualOutput
-from models.ragged import RaggedTexts
-from models.vit import VitBlock
 from transform.text import MAX_TOKENS, TokenizedText
 
 log = logging.getLogger("blip")
 
 MARGIN = 0.9  # of the free GPU memory: the rest is lost to fragmentation and to what other libraries allocate
 QUEUE_ROWS = 8  # (m, Q) float32 matrices that the contrast of a micro-batch holds at its peak
-
-# ---- image graphs kept between drawing and matching -----------------------------------------------------------------
 
 
 def auto_keep_graphs(
@@ -91,8 +84,8 @@ def _run_micro_batch(model: BLIP_Retrieval, image_size: int, size: int, before: 
         torch.cuda.reset_peak_memory_stats(device)
         ids = torch.ones(PAIRS_PER_SAMPLE * size, MAX_TOKENS, dtype=torch.long, device=device)
         image = [pair // PAIRS_PER_SAMPLE for pair in range(len(ids))]
-        rows = RaggedTexts([MAX_TOKENS] * len(ids), device, image, size)
-        logits = model.match(TokenizedText(ids, torch.ones_like(ids)), image_tokens, rows)
+        arrangement = TrainingTexts([MAX_TOKENS] * len(ids), device, image, size)
+        logits = model.match(TokenizedText(ids, torch.ones_like(ids)), image_tokens, arrangement)
         (logits.sum() + model.image_feature(image_tokens).sum()).backward()
         return graph, torch.cuda.max_memory_allocated(device) - before
     finally:
@@ -134,30 +127,3 @@ def _host_memory() -> int:
 
 def _read(path: str) -> str:
     return Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
-
-
-# ---- compilation ----------------------------------------------------------------------------------------------------
-
-
-def compile_encoders(model: BLIP_Retrieval) -> None:
-    """`compile: true`: fuse what lies between the matrix products of both encoders and of their twins, in place.
-
-    Names in the state dict stay. An image block is compiled whole, but where its forward is recomputed (checkpointing,
-    stochastic depth) only its parts without randomness. Of a text layer it is the MLP and dropout + add + LayerNorm,
-    whatever the arrangement of tokens.
-    """
-    torch._dynamo.config.recompile_limit = 64  # modes x shapes: train, no_grad, eval, a last smaller batch
-    for module in _to_compile(model):
-        module.compile()
-
-
-def _to_compile(model: BLIP_Retrieval) -> list[nn.Module]:
-    chosen: list[nn.Module] = []
-    for encoder in (model.visual_encoder, model.visual_encoder_m):
-        for block in encoder.blocks:
-            assert isinstance(block, VitBlock)
-            checkpointed = "forward" in vars(block)  # patched by fairscale
-            chosen += [block.attn, block.mlp] if checkpointed or encoder.stochastic else [block]
-    for encoder in (model.text_encoder, model.text_encoder_m):
-        chosen += [m for m in encoder.modules() if isinstance(m, ResidualOutput | Intermediate)]
-    return chosen

@@ -1,9 +1,9 @@
 """Recall@K from shortlists, as pure numpy functions.
 
 A candidate is right when its id equals the query's: several captions of an image, and several images of one id, are all
-right answers. Rank = number of candidates that score better than the best right one; on a tie the lower gallery index
-comes first. A right answer outside the shortlist is not found at any K. (BLIP sorts dense rows with numpy's unstable
-argsort, so its ties are undefined; without ties the numbers are the same.)
+right answers. The place of a query's answer is the number of candidates that score better than the best right one; on a tie
+the lower gallery index comes first. A right answer outside the shortlist is not found at any K. (BLIP sorts dense rows
+with numpy's unstable argsort, so its ties are undefined; without ties the numbers are the same.)
 
 Shapes: Q queries, G gallery, k shortlist.
 """
@@ -12,12 +12,12 @@ from math import comb
 
 import numpy as np
 
-KS = (1, 5, 10)
+KS = (1, 5, 10)  # the K of Recall@K
 NOT_FOUND = np.iinfo(np.int64).max
 
 
-def ranks(candidates: np.ndarray, scores: np.ndarray, query_ids: np.ndarray, gallery_ids: np.ndarray) -> np.ndarray:
-    """0-based rank of the best right answer of each query: candidates and scores (Q, k) -> (Q,) int64."""
+def places(candidates: np.ndarray, scores: np.ndarray, query_ids: np.ndarray, gallery_ids: np.ndarray) -> np.ndarray:
+    """0-based place of the best right answer of each query: candidates and scores (Q, k) -> (Q,) int64."""
     if not np.isfinite(scores).all():
         raise ValueError(
             f"{np.count_nonzero(~np.isfinite(scores))} of {scores.size} scores are not finite: the weights are broken "
@@ -30,9 +30,9 @@ def ranks(candidates: np.ndarray, scores: np.ndarray, query_ids: np.ndarray, gal
     return np.where(right.any(1), ahead.sum(1), NOT_FOUND)
 
 
-def recall(rank: np.ndarray, prefix: str) -> dict[str, float]:
+def recall(place: np.ndarray, prefix: str) -> dict[str, float]:
     """Percent of queries whose best right answer is among the first K: {prefix_r1, _r5, _r10, _r_mean}."""
-    values = {f"{prefix}_r{k}": 100.0 * float(np.mean(rank < k)) for k in KS}
+    values = {f"{prefix}_r{k}": 100.0 * float(np.mean(place < k)) for k in KS}
     return {**values, f"{prefix}_r_mean": sum(values.values()) / len(KS)}
 
 
@@ -45,8 +45,8 @@ def retrieval_metrics(
     text_ids: np.ndarray,
 ) -> dict[str, float]:
     """BLIP's nine numbers: txt_* finds texts for images, img_* images for texts; r_mean is the mean of both means."""
-    txt = recall(ranks(i2t, i2t_score, image_ids, text_ids), "txt")
-    img = recall(ranks(t2i, t2i_score, text_ids, image_ids), "img")
+    txt = recall(places(i2t, i2t_score, image_ids, text_ids), "txt")
+    img = recall(places(t2i, t2i_score, text_ids, image_ids), "img")
     return {**txt, **img, "r_mean": (txt["txt_r_mean"] + img["img_r_mean"]) / 2}
 
 
@@ -88,8 +88,8 @@ def within_noise(metrics: dict[str, float], num_images: int, num_texts: int, sig
 
 def _chance(query_ids: np.ndarray, gallery_ids: np.ndarray, prefix: str) -> dict[str, float]:
     ids, counts = np.unique(gallery_ids, return_counts=True)
-    place = np.searchsorted(ids, query_ids).clip(max=len(ids) - 1)
-    right = np.where(ids[place] == query_ids, counts[place], 0)  # right answers of each query
+    nearest = np.searchsorted(ids, query_ids).clip(max=len(ids) - 1)
+    right = np.where(ids[nearest] == query_ids, counts[nearest], 0)  # right answers of each query
     total = len(gallery_ids)
     values = {}
     for k in KS:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from models.med import BertModel, PairRows
-from models.ragged import RaggedTexts
+from models.arrangements import TrainingTexts
+from models.med import BertModel
 from tests.conftest import random_captions, tiny_med
 from transform.text import MAX_TOKENS, tokenize
 
@@ -20,13 +20,15 @@ def test_equals_padded_texts(captions, with_image):
     wide = type(text)(*(torch.nn.functional.pad(x, (0, MAX_TOKENS - x.shape[1])) for x in text))
     image_of_text = sorted([3, 1, 1, 0, 3, 3, 1][: len(captions)])  # image 2 has no text
     tokens = [torch.randn(4, 5, 48, generator=torch.Generator().manual_seed(1)).double().requires_grad_() for _ in "ab"]
-    rows = (PairRows(image_of_text, 4, CPU), RaggedTexts(lengths, CPU, image_of_text, 4))
+    arrangements = (None, TrainingTexts(lengths, CPU, image_of_text, 4))
     results = []
-    for padded, image_tokens, row in zip((text, wide), tokens, rows, strict=True):
+    for padded, image_tokens, arrangement in zip((text, wide), tokens, arrangements, strict=True):
         if not with_image:
-            image_tokens, row = None, None if padded is text else RaggedTexts(lengths, CPU)
+            seen, arrangement = None, arrangement and TrainingTexts(lengths, CPU)
+        else:  # the plain way takes an image for each text
+            seen = image_tokens if arrangement else image_tokens[image_of_text]
         model.zero_grad()
-        states = model(padded, image_tokens, row, cls_only=True)
+        states = model(padded, seen, arrangement, cls_only=True)
         assert states.shape == (len(captions), 1, 64)
         states.square().sum().backward()
         results.append((states, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
@@ -40,7 +42,7 @@ def test_equals_padded_texts(captions, with_image):
 
 def test_images_must_ascend_and_only_first_states_come_out():
     with pytest.raises(AssertionError, match="order"):
-        RaggedTexts([2, 3], CPU, [1, 0], 2)
+        TrainingTexts([2, 3], CPU, [1, 0], 2)
     model = BertModel(tiny_med())
     with pytest.raises(AssertionError, match="cls_only"):
-        model(tokenize(["a dog", "cat"]), rows=RaggedTexts([4, 3], CPU))
+        model(tokenize(["a dog", "cat"]), arrangement=TrainingTexts([4, 3], CPU))

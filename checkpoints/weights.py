@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.vit import VIT_SIZES
+from configs.sizes import VIT_SIZES
 
 # Parts of the pre-training model, and a pooler that BLIP never trains: retrieval has no use for them.
 IGNORED_PARTS = ("text_decoder.", "text_decoder_m.", "text_encoder.pooler.", "text_encoder_m.pooler.")

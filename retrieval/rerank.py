@@ -4,10 +4,10 @@ The protocol is BLIP's (`evaluation` in its train_retrieval.py): score = matchin
 cosines of each query. The order of work is not: pairs of both directions are united and grouped by image, so that an
 image's keys and values are computed once; texts are packed by exact length, so that nothing is padded; the last layer
 computes [ENC] alone; what layer 0 does before it sees the image is done once per text; captions of the same tokens are
-one text. All of it is exact. (`packed.py` scores the pairs.)
+one text. All of it is exact. (`scoring.py` scores the pairs.)
 
 Under bf16 the encoders still compute in float32, which costs a thirtieth of the pairs' arithmetic and keeps float32's
-shortlists; pairs are scored in bfloat16, and again in float32 where Recall@K could depend on it (`adjudicate.py`).
+shortlists; pairs are scored in bfloat16, and again in float32 where Recall@K could depend on it (`recheck.py`).
 
 Blocks of `batch_size` images are dealt to the processes and passes never cross a block, so results do not depend on the
 number of processes. Memory: image tokens, on the GPU or in pinned host memory; all texts' states after layer 0; one
@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.adjudicate import Queries, adjudicate
+from models.arrangements import PlainTexts, on_device, ranges
 from models.blip_retrieval import BLIP_Retrieval, as_match_input
-from models.med import PaddedTexts
-from models.packed import EncodedImages, EncodedTexts, on_device, ranges, score_pairs
+from retrieval.recheck import Queries, recheck_in_float32
+from retrieval.scoring import EncodedImages, EncodedTexts, score_pairs
 from transform.text import TokenizedText, tokenize
 from utils import Progress, all_reduce_sum, get_rank, get_world_size
 
@@ -100,7 +100,7 @@ def rank_encoded(
             with _in_float32(model):
                 return score_pairs(model, images, texts, pairs.image[some], pairs.text[some], tokens_per_pass)
 
-        scores = adjudicate(scores, [i2t, t2i], rescore)
+        scores = recheck_in_float32(scores, [i2t, t2i], rescore)
     itm = Shortlists(itc.i2t, scores[pairs.i2t] + itc.i2t_value, itc.t2i, scores[pairs.t2i] + itc.t2i_value)
     return Ranking(itc, itm, len(scores))
 
@@ -139,9 +139,10 @@ def encode_texts(model: BLIP_Retrieval, captions: TokenizedText, tokens_per_pass
             input_ids = ids[torch.from_numpy(part), :length].to(device)  # (P, length)
             text = TokenizedText(input_ids, torch.ones_like(input_ids))
             with model.autocast():
-                states_cls = encoder(text, cls_only=True, padded=False)
+                unpadded = PlainTexts(attention_mask=None)
+                states_cls = encoder(text, arrangement=unpadded, cls_only=True)
                 x = encoder.embeddings(as_match_input(text).input_ids)  # (P, length, D)
-                x = encoder.encoder.layer[0].text_part(x, PaddedTexts(text.attention_mask, padded=False))
+                x = encoder.encoder.layer[0].text_part(x, unpadded)
             feat[on_device(device, part)] = model.text_feature(states_cls)
             states[on_device(device, ranges(start[part], lengths[part]))] = x.flatten(0, 1).to(states.dtype)
     return EncodedTexts(feat, distinct.reshape(-1), lengths, start, states)

@@ -1,0 +1,1 @@
+"""Files of weights: formats, download, saves of a run, conversion. `python -m checkpoints` is its command line."""

@@ -1,0 +1,122 @@
+"""Foreign weights into the model: what may be missing from a file, and ignored in it, is decided here.
+
+What formats look like is known by `weights.py` (.pth), `huggingface.py`, `runs.py` (saves of a run) and `download.py`
+(addresses).
+"""
+
+import logging
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from checkpoints.download import local_path
+from checkpoints.huggingface import CONFIG, read_folder
+from checkpoints.runs import BEST, find_runs
+from checkpoints.weights import (
+    POS_EMBEDS,
+    QUEUES,
+    TWINS,
+    WeightFile,
+    few,
+    read_sizes,
+    read_weights,
+    require_equal_sizes,
+    resample_pos_embed,
+)
+from configs.sizes import MedConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of the tensors, by official name; `kind` says what the file is.
+
+    loaded: as they are; resampled: loaded after resampling; seeded: momentum twins set to the online weights;
+    ignored: in the file only; missing: queues, which stay as the model built them.
+    """
+
+    loaded: list[str] = field(default_factory=list)
+    resampled: list[str] = field(default_factory=list)
+    seeded: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    kind: str = ""
+
+    def __str__(self) -> str:
+        counts = ("loaded", "resampled", "seeded", "ignored", "missing")
+        return f"{self.kind}: {', '.join(f'{len(getattr(self, name))} {name}' for name in counts)}"
+
+
+# ---- loading --------------------------------------------------------------------------------------------------------
+
+
+def open_weights(source: str, cache_dir: str = "") -> WeightFile:
+    """Weights from a `.pth`'s path, address or released name, from a run folder, or from a Hugging Face folder.
+
+    Of a run folder it takes the best weights or, before there are any, the newest save.
+    """
+    path = local_path(source, cache_dir)
+    if path.is_dir() and not (path / CONFIG).exists():
+        saves = [save for save in (path / BEST, *find_runs(path)) if save.exists()]
+        if not saves:
+            raise ValueError(
+                f"{path}: no Hugging Face folder, it has no {CONFIG}, and no run folder: it has no {BEST} nor another "
+                "save of a run."
+            )
+        return read_weights(saves[0])
+    return read_folder(path) if path.is_dir() else read_weights(path)
+
+
+def load_pretrained(model: nn.Module, source: str, cache_dir: str = "") -> LoadReport:
+    """Load foreign weights into the model: everything but the queues, and nothing silently.
+
+    ValueError for a file that is damaged, of other sizes, or that lacks or adds anything else.
+    """
+    file = open_weights(source, cache_dir)
+    require_equal_heads(file, model.text_encoder.config)
+    state, report = fit(file, model.state_dict())
+    model.load_state_dict(state, strict=False)
+    if report.seeded:
+        model.copy_params()
+    log.info("%s: %s", file.name, report)
+    if report.resampled:
+        log.info("%s: position embeddings resampled to %d image tokens", file.name, state[POS_EMBEDS[0]].shape[1])
+    if report.seeded:
+        log.info("%s: no momentum weights; the momentum twins start at the online weights", file.name)
+    return report
+
+
+def fit(file: WeightFile, target: dict[str, Tensor]) -> tuple[dict[str, Tensor], LoadReport]:
+    """The file's tensors in `target`'s shapes, and the report of doing so; ValueError unless they are a whole model."""
+    require_equal_sizes(read_sizes(file.state, file.name), read_sizes(target, "the model"), file.name)
+    state = {key: value for key, value in file.state.items() if key not in QUEUES}
+    resampled = [key for key in POS_EMBEDS if key in state and state[key].shape[1] != target[key].shape[1]]
+    for key in resampled:
+        state[key] = resample_pos_embed(state[key], target[key].shape[1], f"{file.name}: {key}")
+    has_twins = any(key.startswith(TWINS) for key in state)
+    seeded = [] if has_twins else [key for key in target if key.startswith(TWINS)]
+    queues = [key for key in target if key in QUEUES]
+
+    missing = [key for key in target if key not in {*state, *seeded, *queues}]
+    unexpected = [key for key in state if key not in target]
+    other = [key for key in state if key in target and state[key].shape != target[key].shape]
+    for what, keys in (("lacks", missing), ("also has", unexpected), ("has in another shape", other)):
+        if keys:
+            raise ValueError(
+                f"{file.name}: does not fit the retrieval model, it {what} {len(keys)} tensors: {few(keys)}. Is it "
+                "of another task (captioning, VQA) or of ALBEF? `python -m checkpoints inspect` says."
+            )
+    loaded = [key for key in state if key not in resampled]
+    ignored = file.ignored + [key for key in file.state if key in QUEUES]
+    return state, LoadReport(loaded, resampled, seeded, ignored, queues, file.kind)
+
+
+def require_equal_heads(file: WeightFile, med: MedConfig) -> None:
+    """Heads leave no trace in shapes: a wrong number would load, and compute something else."""
+    heads = file.extra.get("text_config", {}).get("num_attention_heads", med.num_attention_heads)
+    if heads != med.num_attention_heads:
+        raise ValueError(
+            f"{file.name}: its text encoder has {heads} attention heads, the config's {med.num_attention_heads}: set "
+            "num_attention_heads in the JSON that `med_config` names."
+        )

@@ -1,0 +1,76 @@
+"""Sizes of the two encoders: one table of image encoders, and the text encoder's JSON (BLIP's `med_config.json`).
+
+Sources: Dosovitskiy et al. 2021 (arXiv 2010.11929) for ViT-B and ViT-L; BLIP's `models/vit.py` for drop-path rates.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+
+class VitSize(NamedTuple):
+    """An image encoder."""
+
+    width: int
+    depth: int
+    heads: int
+    drop_path: float  # stochastic depth of the last block; the blocks before it have proportionally less
+
+
+# base and large are the paper's; the others are for small machines and tests.
+VIT_SIZES = {
+    "base": VitSize(768, 12, 12, 0.0),
+    "large": VitSize(1024, 24, 16, 0.1),
+    "small": VitSize(384, 12, 6, 0.0),
+    "tiny": VitSize(192, 12, 3, 0.0),
+    "nano": VitSize(96, 6, 3, 0.0),
+}
+
+
+@dataclass(frozen=True)
+class MedConfig:
+    """The text encoder's sizes, as in BLIP's `med_config.json`."""
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    vocab_size: int = 30524
+    max_position_embeddings: int = 512
+    layer_norm_eps: float = 1e-12
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    initializer_range: float = 0.02
+    encoder_width: int = 768  # of the image tokens; the model sets it to its ViT's width
+
+
+# What a BERT config may also say, without meaning for this encoder.
+_IGNORED = {
+    "architectures", "model_type", "type_vocab_size", "pad_token_id", "add_cross_attention", "hidden_act",
+}  # fmt: skip
+
+
+def load_med_config(path: str | Path) -> MedConfig:
+    """Read a text encoder's JSON; a key that this encoder cannot honour is a ValueError naming it."""
+    path = Path(path)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"med_config: there is no file {path}.") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"med_config: {path} is not valid JSON ({error}).") from None
+    unknown = set(values) - set(MedConfig.__dataclass_fields__) - _IGNORED
+    if unknown:
+        raise ValueError(
+            f"{path}: unknown text-encoder key(s) {sorted(unknown)}; known: {sorted(MedConfig.__dataclass_fields__)}."
+        )
+    if values.get("hidden_act", "gelu") != "gelu":
+        raise ValueError(f"{path}: hidden_act is {values['hidden_act']!r}; this encoder computes 'gelu' only.")
+    config = MedConfig(**{key: value for key, value in values.items() if key not in _IGNORED})
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"{path}: hidden_size {config.hidden_size} is not a multiple of "
+            f"num_attention_heads {config.num_attention_heads}."
+        )
+    return config

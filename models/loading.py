@@ -1,0 +1,235 @@
+"""The one way to open a checkpoint for use: sizes from the file itself, preprocessing included.
+
+    from models import load
+    blip = load("output/mine/checkpoint_best.pth")      # a run folder, a Hugging Face folder or a released name as well
+    blip.similarity(images, texts)                      # (N, M) cosines of PIL pictures or paths, and sentences
+    blip.match(images, texts)                           # (N, M) probabilities that they belong together
+
+Shapes: N images, M texts, b images of a pass, n image tokens, V image width, E embedding width, S pixels a side,
+L text tokens, P pairs.
+"""
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from checkpoints.load import fit, open_weights, require_equal_heads
+from checkpoints.weights import QUEUES, TWINS, Sizes, WeightFile, read_sizes
+from configs.schema import PRECISIONS, load_config
+from configs.sizes import VIT_SIZES, MedConfig, load_med_config
+from models.arrangements import TrainingTexts
+from models.blip_retrieval import BLIP_Retrieval
+from transform.image import eval_transform, to_rgb
+from transform.text import TokenizedText, clean_caption, tokenize
+from utils import find_path, precision
+
+log = logging.getLogger(__name__)
+
+HEAD_WIDTH = 64  # of BERT and of every published BLIP text encoder
+TEXTS_PER_PASS = 256  # of one image
+Picture = Image.Image | str | os.PathLike  # what `Blip` takes for an image
+
+
+def load(
+    source: str | os.PathLike,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+    config: str = "",
+    cache_dir: str = "",
+) -> "Blip":
+    """Open a checkpoint to use it: a `.pth` of any known layout, a run or Hugging Face folder, a released file's name.
+
+    The model has the sizes that the file states. A file without them, such as a released one, has published sizes,
+    known by its shapes; should they not tell all, ValueError asks for `config`, a YAML with `vit` and `med_config`.
+    `precision`: fp32, tf32 or bf16, as in the YAML.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    file = open_weights(os.fspath(source), cache_dir)
+    model = empty_model(*file_sizes(file, config))
+    state, report = fit(file, model.state_dict())
+    log.info("%s: %s", file.name, report)
+    own = {key: value for key, value in state.items() if not key.startswith(TWINS)}
+    weights = {key: value.to(device, torch.float32, copy=True) for key, value in own.items()}
+    for key, value in model.state_dict().items():
+        if key.startswith(TWINS):
+            weights[key] = weights[key.replace("_m.", ".", 1)]  # in no use here: the same memory
+        elif key in QUEUES:
+            weights[key] = torch.zeros_like(value, device=device)
+    model.load_state_dict(weights, assign=True)
+    return Blip(model.eval().requires_grad_(False), precision)
+
+
+class Blip:
+    """A model in eval mode and what turns pictures and sentences into its inputs.
+
+    Pictures (paths or PIL) become RGB and a square as in evaluation; sentences are cleaned, cut and tokenised as in
+    training. One picture or one sentence counts as a list of one. Results are float32 tensors on the CPU. It is for
+    use, not for training: the weights take no gradient, and momentum twins share the memory of the online weights.
+    """
+
+    def __init__(self, model: BLIP_Retrieval, precision: str = "fp32", batch_size: int = 32):
+        self.model, self.precision, self.batch_size = model, precision, batch_size
+        self.transform = eval_transform(model.image_size)
+
+    def pixels(self, images: Picture | Sequence[Picture]) -> Tensor:
+        """(N, 3, S, S), normalised."""
+        return torch.stack([self.transform(_open_rgb(image)) for image in _as_list(images)])
+
+    def tokens(self, texts: str | Sequence[str]) -> TokenizedText:
+        """Token ids and mask (M, L)."""
+        return tokenize([clean_caption(text) for text in _as_list(texts)])
+
+    def image_features(self, images: Picture | Sequence[Picture]) -> Tensor:
+        """Unit-length embeddings (N, E)."""
+        return self._cat(self.model.image_feature(tokens).cpu() for tokens in self._encode_images(_as_list(images)))
+
+    def text_features(self, texts: str | Sequence[str]) -> Tensor:
+        """Unit-length embeddings (M, E)."""
+        with self._inference():
+            return self._cat(
+                self.model.text_feature(self.model.encode_text(self.tokens(part).to(self._device))).cpu()
+                for part in _batches(_as_list(texts), self.batch_size)
+            )
+
+    def similarity(self, images: Picture | Sequence[Picture], texts: str | Sequence[str]) -> Tensor:
+        """Cosines of the contrast (N, M)."""
+        return self.image_features(images) @ self.text_features(texts).T
+
+    def match(
+        self, images: Picture | Sequence[Picture], texts: str | Sequence[str], pairwise: bool = False
+    ) -> Tensor:
+        """P(match) by the matching head: (N, M), or (N,) of image i with text i when `pairwise`."""
+        return self._logits(images, texts, pairwise)[0].softmax(-1)[..., 1]
+
+    def score(
+        self, images: Picture | Sequence[Picture], texts: str | Sequence[str], pairwise: bool = False
+    ) -> Tensor:
+        """What evaluation ranks by, matching logit + cosine: (N, M), or (N,) when `pairwise`."""
+        logits, cosine = self._logits(images, texts, pairwise)
+        return logits[..., 1] + cosine
+
+    # ---- passes ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.temp.device
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        with torch.inference_mode(), precision(self.model, self.precision):
+            yield
+
+    def _cat(self, parts: Iterable[Tensor]) -> Tensor:
+        """Features in batches (b, E) -> (N, E), also of nothing."""
+        return torch.cat([torch.empty(0, self.model.text_proj.out_features), *parts])
+
+    def _encode_images(self, images: list[Picture]) -> Iterator[Tensor]:
+        """Image tokens (b, n, V), batch after batch."""
+        for part in _batches(images, self.batch_size):
+            with self._inference():
+                tokens = self.model.encode_image(self.pixels(part).to(self._device))
+            yield tokens
+
+    def _logits(
+        self, images: Picture | Sequence[Picture], texts: str | Sequence[str], pairwise: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Matching logits (N, M, 2) and cosines (N, M), or (N, 2) and (N,) of pairs."""
+        images, texts = _as_list(images), _as_list(texts)
+        if pairwise and len(images) != len(texts):
+            raise ValueError(f"pairwise takes as many images as texts, got {len(images)} and {len(texts)}")
+        text_feat, logits, image_feat = self.text_features(texts), [], []
+        for start, tokens in zip(range(0, len(images), self.batch_size), self._encode_images(images), strict=True):
+            with self._inference():
+                image_feat.append(self.model.image_feature(tokens).cpu())
+                if pairwise:
+                    own = texts[start : start + len(tokens)]
+                    logits.append(self._match(tokens, own, list(range(len(own)))))
+                else:
+                    logits += [self._match_all(image, texts)[None] for image in tokens.split(1)]
+        shape = (0, 2) if pairwise else (0, len(texts), 2)
+        feat = self._cat(image_feat)
+        cosine = (feat * text_feat).sum(1) if pairwise else feat @ text_feat.T
+        return torch.cat([torch.empty(shape), *logits]), cosine
+
+    def _match_all(self, tokens: Tensor, texts: list[str]) -> Tensor:
+        """Logits (M, 2) of one image (1, n, V) with every text."""
+        parts = (self._match(tokens, part, [0] * len(part)) for part in _batches(texts, TEXTS_PER_PASS))
+        return torch.cat([torch.empty(0, 2), *parts])
+
+    def _match(self, tokens: Tensor, texts: list[str], image_of_text: list[int]) -> Tensor:
+        """Logits (P, 2) of texts with the images (b, n, V) they look at."""
+        text = self.tokens(texts)
+        arrangement = TrainingTexts(text.attention_mask.sum(1).tolist(), self._device, image_of_text, len(tokens))
+        return self.model.match(text.to(self._device), tokens, arrangement).cpu()
+
+
+def _as_list(items: Any) -> list:
+    return [items] if isinstance(items, str | os.PathLike | Image.Image) else list(items)
+
+
+def _batches(items: list, size: int) -> Iterator[list]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _open_rgb(picture: Picture) -> Image.Image:
+    if isinstance(picture, Image.Image):
+        return to_rgb(picture)
+    try:
+        with Image.open(picture) as image:
+            return to_rgb(image)
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image {os.fspath(picture)} cannot be read ({error})") from None
+
+
+# ---- sizes ----------------------------------------------------------------------------------------------------------
+
+
+def file_sizes(file: WeightFile, config: str = "") -> tuple[Sizes, MedConfig]:
+    """The sizes of a model that the file fits, its own or those of the YAML `config`."""
+    sizes = read_sizes(file.state, file.name)
+    if not config:
+        return sizes, text_config(file, sizes)
+    cfg = load_config(config)
+    med = load_med_config(find_path(cfg.med_config))
+    require_equal_heads(file, med)
+    size = VIT_SIZES[cfg.vit]
+    return Sizes(size.width, size.depth, cfg.patch_size, cfg.image_size, cfg.embed_dim, sizes.text), med
+
+
+def empty_model(sizes: Sizes, med: MedConfig) -> BLIP_Retrieval:
+    """A model of names and shapes, without memory; the numbers of image heads come from VIT_SIZES."""
+    if not sizes.vit:
+        raise ValueError(f"{sizes.vit_words} has an unknown number of heads; known are {', '.join(VIT_SIZES)}.")
+    with torch.device("meta"):
+        return BLIP_Retrieval(
+            med,
+            image_size=sizes.image_size,
+            vit=sizes.vit,
+            embed_dim=sizes.embed_dim,
+            patch_size=sizes.patch_size,
+            queue_size=1,
+        )
+
+
+def text_config(file: WeightFile, sizes: Sizes) -> MedConfig:
+    """The text encoder's config: the file's own, or what its shapes tell and HEAD_WIDTH."""
+    if "text_config" in file.extra:
+        return MedConfig(**file.extra["text_config"])
+    hidden = sizes.text["hidden_size"]
+    if hidden % HEAD_WIDTH:
+        raise ValueError(
+            f"{file.name}: does not say how many attention heads its text encoder ({hidden} wide) has: give --config "
+            "(in Python, config=), a YAML whose med_config does."
+        )
+    log.info("%s: does not say how many text attention heads it has; taking %d wide ones", file.name, HEAD_WIDTH)
+    return MedConfig(num_attention_heads=hidden // HEAD_WIDTH, **sizes.text)
+
+

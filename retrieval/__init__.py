@@ -1,0 +1,1 @@
+"""Evaluation: shortlists, their re-ranking by matching, and Recall."""

@@ -1,0 +1,72 @@
+"""Recall of one split: pictures from the loader, re-ranking, the table and the numbers that are stored."""
+
+import logging
+from pathlib import Path
+
+from checkpoints.load import load_pretrained
+from configs.schema import RetrievalConfig
+from data.annotations import Annotations
+from data.loaders import eval_image_loader
+from models.blip_retrieval import BLIP_Retrieval
+from retrieval.metrics import chance_metrics, recall_table, retrieval_metrics, within_noise
+from retrieval.rerank import own_blocks, rerank
+from utils import NotFinite, precision, record
+
+log = logging.getLogger("blip")
+
+
+def evaluate_only(
+    model: BLIP_Retrieval, cfg: RetrievalConfig, splits: dict[str, Annotations], folder: Path
+) -> None:
+    """Load the weights, evaluate the splits, and append one JSON line to `evaluate.txt` in `folder`."""
+    source = cfg.finetuned or cfg.pretrained
+    if source:
+        load_pretrained(model, source, cfg.cache_dir)
+    else:
+        log.warning("neither finetuned nor pretrained is set: evaluating random weights")
+    stats = {}
+    for split, annotations in splits.items():
+        stats |= evaluate(model, cfg, annotations, split)
+        if warning := chance_warning(annotations, split, stats):
+            log.warning("warning: %s", warning)
+    record(folder / "evaluate.txt", stats)
+
+
+def evaluate(model: BLIP_Retrieval, cfg: RetrievalConfig, annotations: Annotations, split: str) -> dict[str, float]:
+    """Recall of one split in percent, keys prefixed `val_` or `test_`; NotFinite when a score is no number.
+
+    BLIP's nine keys are of the re-ranked lists; `itc_*` are the same nine from contrast alone, `chance_*` by luck.
+    """
+    num_images = len(annotations.images)
+    own_images = [i for block in own_blocks(num_images, cfg.batch_size_test) for i in block]
+    batches = eval_image_loader(cfg, annotations, own_images, model.temp.device)
+    ids = annotations.image_ids, annotations.caption_ids
+    gallery = min(num_images, len(annotations.captions))
+    log.info("evaluate %s: %d images, %d captions", annotations.name, num_images, len(annotations.captions))
+    if cfg.k_test > gallery:
+        log.info("k_test %d is larger than the gallery: %d candidates are re-ranked", cfg.k_test, gallery)
+    model.eval()
+    with precision(model, cfg.eval_precision):
+        sizes = cfg.k_test, cfg.batch_size_test, cfg.rerank_tokens
+        ranking = rerank(model, batches, num_images, annotations.captions, *sizes, *ids)
+    try:
+        itm, itc = (retrieval_metrics(x.i2t, x.i2t_value, x.t2i, x.t2i_value, *ids) for x in (ranking.itm, ranking.itc))
+    except ValueError as error:
+        raise NotFinite(f"{annotations.name}: {error}") from None
+    chance = chance_metrics(*ids)
+    rows = {"re-ranked (ITM)": itm, "contrast (ITC)": itc, "chance": chance}
+    for line in recall_table(annotations.name, rows):
+        log.info("%s", line)
+    kinds = {"": itm, "itc_": itc, "chance_": chance}
+    return {f"{split}_{kind}{k}": v for kind, metrics in kinds.items() for k, v in metrics.items()}
+
+
+def chance_warning(table: Annotations, split: str, stats: dict[str, float]) -> str:
+    """What to say when a split's Recall is what a random order gives; '' when it is not."""
+    metrics = {key.removeprefix(f"{split}_"): value for key, value in stats.items()}
+    if not within_noise(metrics, len(table.images), len(table.captions)):
+        return ""
+    return (
+        f"{table.name}: R@1 and R@10 are within noise of chance (2 sigma), nothing was learnt: check that captions "
+        "describe their images, that a checkpoint is loaded (pretrained, finetuned), and init_lr"
+    )

@@ -1,0 +1,91 @@
+"""What is known to be wrong with a run before anything is written: data, config, checkpoint and disk together."""
+
+import argparse
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoints.download import RELEASED, cache_folder
+from checkpoints.load import fit, load_pretrained, open_weights
+from configs.datasets import SPLITS
+from configs.schema import RetrievalConfig
+from data.annotations import Annotations, available_splits, load_annotations
+from data.checks import Findings, check_data
+from models.blip_retrieval import BLIP_Retrieval, build_model
+from training.recipe import check_disk, check_recipe, require_negatives
+from utils import is_main
+
+LOG = "log.txt"  # of a run folder: one JSON line an epoch
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done, on which data; it does not change."""
+
+    cfg: RetrievalConfig
+    args: argparse.Namespace
+    splits: dict[str, Annotations]  # those the job needs
+
+    @property
+    def folder(self) -> Path:
+        return self.args.output_dir
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What decides the numbers of a run, in plain values; it goes into every checkpoint."""
+        return asdict(self.cfg) | {"seed": self.args.seed}
+
+
+def preflight(cfg: RetrievalConfig, args: argparse.Namespace) -> tuple[Job, Findings]:
+    """Read the annotations; on rank 0 find what is wrong (with `--check` in all of it) before anything is written."""
+    found, job = Findings(), Job(cfg, args, {})
+    for split in [s for s in available_splits(cfg) if s != "train"] if args.evaluate else SPLITS:
+        found.attempt(lambda split=split: job.splits.update({split: load_annotations(cfg, split)}))
+    if not is_main():
+        return job, found
+    found.add(check_data(cfg, job.splits, args.check))
+    found.attempt(lambda: found.add(check_model(job)))
+    if not (args.evaluate or args.resume or args.dry_run) and (job.folder / LOG).exists():
+        found.errors.append(
+            f"--output_dir {job.folder} already holds a run: continue it with --resume auto, or name another folder."
+        )
+    if "train" in job.splits:
+        found.add(check_recipe(cfg, job.splits["train"]))
+        found.attempt(lambda: require_negatives(cfg, job.splits["train"], args.seed))
+    return job, found
+
+
+def check_model(job: Job) -> Findings:
+    """The text encoder's JSON, the checkpoint, and room for saves; on a model without memory."""
+    cfg, args = job.cfg, job.args
+    with torch.device("meta"):
+        model = build_model(cfg)
+    source = (cfg.finetuned if args.evaluate else "") or cfg.pretrained
+    found = check_checkpoint(model, source, job) if source and not args.resume else Findings()
+    if not args.evaluate:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        found.add(check_disk(job.folder, trained, cfg.keep_last))
+    return found
+
+
+def check_checkpoint(model: BLIP_Retrieval, source: str, job: Job) -> Findings:
+    """Whether it fits the config, and whether it is one to train from."""
+    cfg, args = job.cfg, job.args
+    remote = "://" in source or (source in RELEASED and not Path(source).exists())
+    if args.check and remote and not (cache_folder(cfg.cache_dir) / source.rpartition("/")[2]).exists():
+        return Findings(facts=[f"{source}: not here yet, so not checked; the first run downloads it"])
+    if args.check:
+        with warnings.catch_warnings(action="ignore"):  # that there is no memory to load into
+            kind = load_pretrained(model, source, cfg.cache_dir).kind
+    else:
+        kind = fit(open_weights(source, cfg.cache_dir), model.state_dict())[1].kind
+    found = Findings(facts=[f"{source}: {kind}"])
+    if not args.evaluate and ("already fine-tuned" in kind or "run of this program" in kind):
+        found.warnings.append(
+            f"pretrained {source} is a {kind}: fine-tuning it again starts a finished model at the full learning rate; "
+            "set pretrained to a pre-trained checkpoint such as model_base.pth, or lower init_lr"
+        )
+    return found
