@@ -136,7 +136,9 @@ def gradients(model: BLIP_Retrieval) -> dict[str, Tensor]:
     return {name: grad for name, grad in named.items() if not name.endswith(noise)}
 
 
-def compare_gradients(model: BLIP_Retrieval, batch: TrainBatch, args: argparse.Namespace) -> dict[str, tuple[float, float]]:
+def compare_gradients(
+    model: BLIP_Retrieval, batch: TrainBatch, args: argparse.Namespace
+) -> dict[str, tuple[float, float]]:
     """For each precision: relative difference of the whole gradient and of the worst parameter to published float32."""
     model, result = model.eval(), {}
     state = {name: x.clone() for name, x in model.state_dict().items()}

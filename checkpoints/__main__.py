@@ -1,8 +1,8 @@
 """Checkpoints from the command line: say what a file holds, convert to and from Hugging Face.
 
-    python -m checkpoints inspect FILE                                what a file or folder of any format holds
-    python -m checkpoints export CHECKPOINT FOLDER [--config YAML]    to a BlipForImageTextRetrieval folder
-    python -m checkpoints import FOLDER CHECKPOINT                    from one
+python -m checkpoints inspect FILE                                what a file or folder of any format holds
+python -m checkpoints export CHECKPOINT FOLDER [--config YAML]    to a BlipForImageTextRetrieval folder
+python -m checkpoints import FOLDER CHECKPOINT                    from one
 """
 
 import argparse

@@ -20,8 +20,13 @@ from configs.sizes import VIT_SIZES
 TEMP_RANGE = (0.001, 0.5)  # no knob: BLIP clamps the learned temperature to this before every step
 BAD_IMAGE = ("error", "skip")
 PRECISIONS = ("fp32", "tf32", "bf16")
-KIND_NAMES = {str: "text (put quotes around it)", int: "a whole number", float: "a number", bool: "true or false",
-              int | str: "'auto' or a whole number"}
+KIND_NAMES = {
+    str: "text (put quotes around it)",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    int | str: "'auto' or a whole number",
+}
 
 
 def knob(default: Any, doc: str, low: float | None = None, high: float | None = None, choices: tuple = ()) -> Any:
@@ -141,18 +146,28 @@ def _contradictions(cfg: RetrievalConfig) -> list[tuple[Any, str]]:
     """Knobs that contradict each other, as a table of (is it wrong, what to do)."""
     own_files = [key for key in ("train_file", "val_file", "test_file") if getattr(cfg, key)]
     return [
-        (cfg.image_size % cfg.patch_size,
-         f"image_size {cfg.image_size} is not a multiple of patch_size {cfg.patch_size}: set image_size to "
-         f"{max(1, cfg.image_size // cfg.patch_size) * cfg.patch_size}"),
-        (cfg.min_lr > cfg.init_lr,
-         f"min_lr {cfg.min_lr} is above init_lr {cfg.init_lr}: lower min_lr, which the cosine ends at"),
-        (isinstance(cfg.keep_graphs, str) and cfg.keep_graphs != "auto",
-         f"keep_graphs must be 'auto' or a whole number, got {cfg.keep_graphs!r}"),
-        (cfg.dataset == "custom" and not own_files,
-         "dataset 'custom' has no files: set train_file, val_file and test_file, or test_file alone to --evaluate"),
-        (cfg.dataset != "custom" and own_files,
-         f"{', '.join(own_files)} would be ignored, as dataset '{cfg.dataset}' names its own files under ann_root: "
-         "set dataset to 'custom', or remove them"),
+        (
+            cfg.image_size % cfg.patch_size,
+            f"image_size {cfg.image_size} is not a multiple of patch_size {cfg.patch_size}: set image_size to "
+            f"{max(1, cfg.image_size // cfg.patch_size) * cfg.patch_size}",
+        ),
+        (
+            cfg.min_lr > cfg.init_lr,
+            f"min_lr {cfg.min_lr} is above init_lr {cfg.init_lr}: lower min_lr, which the cosine ends at",
+        ),
+        (
+            isinstance(cfg.keep_graphs, str) and cfg.keep_graphs != "auto",
+            f"keep_graphs must be 'auto' or a whole number, got {cfg.keep_graphs!r}",
+        ),
+        (
+            cfg.dataset == "custom" and not own_files,
+            "dataset 'custom' has no files: set train_file, val_file and test_file, or test_file alone to --evaluate",
+        ),
+        (
+            cfg.dataset != "custom" and own_files,
+            f"{', '.join(own_files)} would be ignored, as dataset '{cfg.dataset}' names its own files under ann_root: "
+            "set dataset to 'custom', or remove them",
+        ),
     ]
 
 
@@ -162,16 +177,22 @@ def _batch_contradictions(cfg: RetrievalConfig) -> list[tuple[Any, str]]:
     per_rank = batch / ranks if batch and ranks else 2
     at_once = batch or cfg.batch_size_train
     return [
-        (per_rank % 1,
-         f"global_batch_size {batch} is not a multiple of ranks_emulated {ranks}: set global_batch_size to "
-         f"{max(2, round(per_rank)) * (ranks or 1)}"),
-        (per_rank < 2,
-         f"global_batch_size {batch} over ranks_emulated {ranks} leaves a rank fewer than two samples, so no negative: "
-         f"set global_batch_size to at least {2 * (ranks or 1)} (unset, it is batch_size_train x processes), or lower "
-         "ranks_emulated"),
-        (cfg.queue_size < at_once,
-         f"queue_size {cfg.queue_size} is smaller than the global batch of {at_once}: set queue_size to at least "
-         f"{at_once}, or lower {'global_batch_size' if batch else 'batch_size_train'}"),
+        (
+            per_rank % 1,
+            f"global_batch_size {batch} is not a multiple of ranks_emulated {ranks}: set global_batch_size to "
+            f"{max(2, round(per_rank)) * (ranks or 1)}",
+        ),
+        (
+            per_rank < 2,
+            f"global_batch_size {batch} over ranks_emulated {ranks} leaves a rank fewer than two samples, so no "
+            f"negative: set global_batch_size to at least {2 * (ranks or 1)} (unset, it is batch_size_train x "
+            "processes), or lower ranks_emulated",
+        ),
+        (
+            cfg.queue_size < at_once,
+            f"queue_size {cfg.queue_size} is smaller than the global batch of {at_once}: set queue_size to at least "
+            f"{at_once}, or lower {'global_batch_size' if batch else 'batch_size_train'}",
+        ),
     ]
 
 
@@ -179,8 +200,10 @@ def resolve(cfg: RetrievalConfig, world_size: int) -> RetrievalConfig:
     """`cfg` with its unset batch knobs filled in for `world_size` processes, and checked against that number."""
     ranks = cfg.ranks_emulated or world_size
     if ranks % world_size:
-        raise ValueError(f"ranks_emulated {ranks} cannot be shared evenly by {world_size} processes: set "
-                         f"ranks_emulated to a multiple of {world_size}, or change the number of processes")
+        raise ValueError(
+            f"ranks_emulated {ranks} cannot be shared evenly by {world_size} processes: set "
+            f"ranks_emulated to a multiple of {world_size}, or change the number of processes"
+        )
     batch = cfg.global_batch_size or cfg.batch_size_train * world_size
     return replace(cfg, global_batch_size=batch, ranks_emulated=ranks)
 

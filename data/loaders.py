@@ -90,14 +90,18 @@ def _common(workers: int, device: torch.device) -> dict[str, Any]:
     }
 
 
-def recipe_sampler(cfg: RetrievalConfig, num_samples: int, seed: int, processes: int = 1, process: int = 0) -> GlobalBatchSampler:
+def recipe_sampler(
+    cfg: RetrievalConfig, num_samples: int, seed: int, processes: int = 1, process: int = 0
+) -> GlobalBatchSampler:
     """The batches of `process`: of the ranks that a resolved config emulates, it plays as many as every other."""
     local = cfg.ranks_emulated // processes
     ranks = range(process * local, (process + 1) * local)
     return GlobalBatchSampler(num_samples, cfg.global_batch_size, cfg.ranks_emulated, ranks, seed)
 
 
-def train_loader(cfg: RetrievalConfig, annotations: Annotations, sampler: GlobalBatchSampler, device: torch.device) -> DataLoader:
+def train_loader(
+    cfg: RetrievalConfig, annotations: Annotations, sampler: GlobalBatchSampler, device: torch.device
+) -> DataLoader:
     """`TrainBatch` after `TrainBatch` in the sampler's order, one for each optimizer step."""
     transform = train_transform(cfg.image_size) if cfg.augment else eval_transform(cfg.image_size)
     skip = cfg.on_bad_image == "skip"
@@ -110,7 +114,9 @@ def train_loader(cfg: RetrievalConfig, annotations: Annotations, sampler: Global
     )
 
 
-def eval_image_loader(cfg: RetrievalConfig, annotations: Annotations, indices: Sequence[int], device: torch.device) -> DataLoader:
+def eval_image_loader(
+    cfg: RetrievalConfig, annotations: Annotations, indices: Sequence[int], device: torch.device
+) -> DataLoader:
     """(b, 3, S, S) float32 batches of the images `indices` of the gallery, in their order; the last may be smaller."""
     images = EvalImages(annotations, open_store(cfg), eval_transform(cfg.image_size))
     workers = min(cfg.num_workers, -(-len(indices) // cfg.batch_size_test))

@@ -102,15 +102,11 @@ class Blip:
         """Cosines of the contrast (N, M)."""
         return self.image_features(images) @ self.text_features(texts).T
 
-    def match(
-        self, images: Picture | Sequence[Picture], texts: str | Sequence[str], pairwise: bool = False
-    ) -> Tensor:
+    def match(self, images: Picture | Sequence[Picture], texts: str | Sequence[str], pairwise: bool = False) -> Tensor:
         """P(match) by the matching head: (N, M), or (N,) of image i with text i when `pairwise`."""
         return self._logits(images, texts, pairwise)[0].softmax(-1)[..., 1]
 
-    def score(
-        self, images: Picture | Sequence[Picture], texts: str | Sequence[str], pairwise: bool = False
-    ) -> Tensor:
+    def score(self, images: Picture | Sequence[Picture], texts: str | Sequence[str], pairwise: bool = False) -> Tensor:
         """What evaluation ranks by, matching logit + cosine: (N, M), or (N,) when `pairwise`."""
         logits, cosine = self._logits(images, texts, pairwise)
         return logits[..., 1] + cosine
@@ -231,5 +227,3 @@ def text_config(file: WeightFile, sizes: Sizes) -> MedConfig:
         )
     log.info("%s: does not say how many text attention heads it has; taking %d wide ones", file.name, HEAD_WIDTH)
     return MedConfig(num_attention_heads=hidden // HEAD_WIDTH, **sizes.text)
-
-

@@ -15,9 +15,7 @@ from utils import NotFinite, precision, record
 log = logging.getLogger("blip")
 
 
-def evaluate_only(
-    model: BLIP_Retrieval, cfg: RetrievalConfig, splits: dict[str, Annotations], folder: Path
-) -> None:
+def evaluate_only(model: BLIP_Retrieval, cfg: RetrievalConfig, splits: dict[str, Annotations], folder: Path) -> None:
     """Load the weights, evaluate the splits, and append one JSON line to `evaluate.txt` in `folder`."""
     source = cfg.finetuned or cfg.pretrained
     if source:

@@ -1,9 +1,9 @@
 """Recall@K from shortlists, as pure numpy functions.
 
 A candidate is right when its id equals the query's: several captions of an image, and several images of one id, are all
-right answers. The place of a query's answer is the number of candidates that score better than the best right one; on a tie
-the lower gallery index comes first. A right answer outside the shortlist is not found at any K. (BLIP sorts dense rows
-with numpy's unstable argsort, so its ties are undefined; without ties the numbers are the same.)
+right answers. The place of a query's answer is the number of candidates that score better than the best right one; on a
+tie the lower gallery index comes first. A right answer outside the shortlist is not found at any K. (BLIP sorts dense
+rows with numpy's unstable argsort, so its ties are undefined; without ties the numbers are the same.)
 
 Shapes: Q queries, G gallery, k shortlist.
 """

@@ -311,8 +311,16 @@ def logging_as_before(monkeypatch):
 def test_inspect_says_what_a_file_holds(tmp_path, capsys):
     assert main(["inspect", save(tmp_path / "a.pth", official_state(trained(small_model())))]) == 0
     printed = capsys.readouterr().out
-    for words in ("already fine-tuned", "ViT-nano (96 wide, 6 deep), patch 16, image size 32", "hidden_size 64",
-                  "embed_dim 32, temp 0.0321", "heads unknown", "epoch: 3", "ignored: 2 tensors", "'init_lr': 1e-05"):
+    for words in (
+        "already fine-tuned",
+        "ViT-nano (96 wide, 6 deep), patch 16, image size 32",
+        "hidden_size 64",
+        "embed_dim 32, temp 0.0321",
+        "heads unknown",
+        "epoch: 3",
+        "ignored: 2 tensors",
+        "'init_lr': 1e-05",
+    ):
         assert words in printed, words
 
 

@@ -32,6 +32,7 @@ def coco(**values) -> RetrievalConfig:
 
 # --- what loads
 
+
 @pytest.mark.parametrize("name, k_test, all_rank", [("coco", 256, True), ("flickr", 128, False)])
 def test_blip_yaml_loads_unchanged(name, k_test, all_rank):
     cfg = load_config(ASSETS / f"blip_retrieval_{name}.yaml", world_size=8)
@@ -73,10 +74,22 @@ def test_saved_config_loads_back_equal(path, tmp_path):
 
 # --- overrides
 
+
 def test_overrides_are_yaml_scalars_and_the_last_one_wins():
-    cfg = load_config(ASSETS / "blip_retrieval_coco.yaml", [
-        "k_test=64", "init_lr=5e-6", "pretrained=", "negative_all_rank=false", "global_batch_size=null",
-        "keep_graphs=auto", "max_epoch=2", "max_epoch=3", "image_root=a=b"])
+    cfg = load_config(
+        ASSETS / "blip_retrieval_coco.yaml",
+        [
+            "k_test=64",
+            "init_lr=5e-6",
+            "pretrained=",
+            "negative_all_rank=false",
+            "global_batch_size=null",
+            "keep_graphs=auto",
+            "max_epoch=2",
+            "max_epoch=3",
+            "image_root=a=b",
+        ],
+    )
     assert (cfg.k_test, cfg.init_lr, cfg.pretrained, cfg.negative_all_rank) == (64, 5e-6, "", False)
     assert (cfg.global_batch_size, cfg.keep_graphs, cfg.max_epoch, cfg.image_root) == (32, "auto", 3, "a=b")
 
@@ -87,13 +100,16 @@ def test_overrides_may_be_a_mapping_and_supply_what_the_file_lacks(tmp_path):
     assert (cfg.dataset, cfg.k_test, cfg.vit, cfg.batch_size_train) == ("coco", 16, "large", 8)
 
 
-@pytest.mark.parametrize("override, said", [
-    ("k_tset=64", "--set: unknown key 'k_tset', did you mean 'k_test'?"),
-    ("k_test", "--set k_test: write --set key=value"),
-    ("k_test=[1", "--set k_test=[1, line 1: not valid YAML"),
-    ("k_test=many", "coco.yaml with --set k_test=many: k_test must be a whole number, got 'many'"),
-    ("k_test=0", "coco.yaml with --set k_test=0: k_test must be at least 1"),
-])
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ("k_tset=64", "--set: unknown key 'k_tset', did you mean 'k_test'?"),
+        ("k_test", "--set k_test: write --set key=value"),
+        ("k_test=[1", "--set k_test=[1, line 1: not valid YAML"),
+        ("k_test=many", "coco.yaml with --set k_test=many: k_test must be a whole number, got 'many'"),
+        ("k_test=0", "coco.yaml with --set k_test=0: k_test must be at least 1"),
+    ],
+)
 def test_bad_override_names_itself(override, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         load_config(ASSETS / "blip_retrieval_coco.yaml", [override])
@@ -101,26 +117,30 @@ def test_bad_override_names_itself(override, said):
 
 # --- mistakes in a file
 
-@pytest.mark.parametrize("text, said", [
-    ("dataset: coco\nlr_init: 1e-5\n", ": unknown key 'lr_init', did you mean 'init_lr'?"),
-    ("zzzz: 1\n", ": unknown key 'zzzz': remove it"),
-    ("1: 2\n", ": unknown key '1'"),
-    ("dataset: coco\nk_test: 1\nk_test: 2\n", ", line 3: not valid YAML: found duplicate key"),
-    ("dataset: coco\nvit: [base\nk_test: 1\n", ", line 3: not valid YAML"),
-    ("dataset: coco\n\tvit: base\n", ", line 2: not valid YAML"),
-    ("dataset: coco\nvit: @base\n", ", line 2: not valid YAML"),
-    ("a: 1\n---\nb: 2\n", ", line 2: not valid YAML"),
-    ("dataset: !!python/object:os.system x\n", ": not valid YAML"),
-    ("dataset: 2024-13-01\n", ": not valid YAML"),
-    ("dataset: \0\n", ": not valid YAML"),
-    ("", ": the file is empty"),
-    ("# only a comment\n", ": the file is empty"),
-    ("- coco\n", ": holds a list, not keys"),
-    ("coco\n", ": holds a str, not keys"),
-    ("image_root: i\n", ": the key 'dataset' is missing"),
-    ("dataset: coco\n", ": the key 'image_root' is missing"),
-    ("dataset: coco\nimage_root: i\nk_test: 0\n", ": k_test must be at least 1"),
-])
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("dataset: coco\nlr_init: 1e-5\n", ": unknown key 'lr_init', did you mean 'init_lr'?"),
+        ("zzzz: 1\n", ": unknown key 'zzzz': remove it"),
+        ("1: 2\n", ": unknown key '1'"),
+        ("dataset: coco\nk_test: 1\nk_test: 2\n", ", line 3: not valid YAML: found duplicate key"),
+        ("dataset: coco\nvit: [base\nk_test: 1\n", ", line 3: not valid YAML"),
+        ("dataset: coco\n\tvit: base\n", ", line 2: not valid YAML"),
+        ("dataset: coco\nvit: @base\n", ", line 2: not valid YAML"),
+        ("a: 1\n---\nb: 2\n", ", line 2: not valid YAML"),
+        ("dataset: !!python/object:os.system x\n", ": not valid YAML"),
+        ("dataset: 2024-13-01\n", ": not valid YAML"),
+        ("dataset: \0\n", ": not valid YAML"),
+        ("", ": the file is empty"),
+        ("# only a comment\n", ": the file is empty"),
+        ("- coco\n", ": holds a list, not keys"),
+        ("coco\n", ": holds a str, not keys"),
+        ("image_root: i\n", ": the key 'dataset' is missing"),
+        ("dataset: coco\n", ": the key 'image_root' is missing"),
+        ("dataset: coco\nimage_root: i\nk_test: 0\n", ": k_test must be at least 1"),
+    ],
+)
 def test_bad_file_is_named_with_its_fault(tmp_path, text, said):
     path = write(tmp_path, text)
     with pytest.raises(ValueError) as error:
@@ -137,52 +157,63 @@ def test_unreadable_file_is_named(tmp_path):
 
 # --- mistakes in a value
 
-@pytest.mark.parametrize("key, value, said", [
-    ("k_test", "256", "k_test must be a whole number, got '256'"),
-    ("k_test", 25.6, "k_test must be a whole number"),
-    ("k_test", True, "k_test must be a whole number, got True"),
-    ("k_test", None, "k_test must be a whole number, got None"),
-    ("init_lr", "fast", "init_lr must be a number, got 'fast'"),
-    ("init_lr", True, "init_lr must be a number"),
-    ("init_lr", 10**400, "init_lr must be a number"),
-    ("init_lr", math.nan, "init_lr must be from 0 to 1"),
-    ("init_lr", math.inf, "init_lr must be from 0 to 1"),
-    ("init_lr", -1e-5, "init_lr must be from 0 to 1"),
-    ("alpha", 1.5, "alpha must be from 0 to 1"),
-    ("momentum", 1.01, "momentum must be from 0 to 1"),
-    ("vit_grad_ckpt", "yes", "vit_grad_ckpt must be true or false"),
-    ("vit_grad_ckpt", 1, "vit_grad_ckpt must be true or false"),
-    ("ann_root", 2014, "ann_root must be text"),
-    ("ann_root", ["a"], "ann_root must be text"),
-    ("vit", "bse", "vit must be one of base, large, small, tiny, nano, got 'bse', did you mean 'base'?"),
-    ("precision", "fp16", "precision must be one of fp32, tf32, bf16"),
-    ("eval_precision", "bf61", "eval_precision must be one of fp32, tf32, bf16"),
-    ("on_bad_image", "ignore", "on_bad_image must be one of error, skip"),
-    ("dataset", "coco2014", "dataset must be one of coco, flickr, scenes, emoji, custom, got 'coco2014', did you mean"),
-    ("global_batch_size", "all", "global_batch_size must be a whole number or null"),
-    ("global_batch_size", 0, "global_batch_size must be at least 1"),
-    ("keep_graphs", "all", "keep_graphs must be 'auto' or a whole number"),
-    ("keep_graphs", -1, "keep_graphs must be at least 0"),
-    ("keep_graphs", True, "keep_graphs must be 'auto' or a whole number"),
-    ("batch_size_train", 0, "batch_size_train must be at least 1"),
-    ("max_epoch", 0, "max_epoch must be at least 1"),
-    ("num_workers", -1, "num_workers must be at least 0"),
-])
+
+@pytest.mark.parametrize(
+    "key, value, said",
+    [
+        ("k_test", "256", "k_test must be a whole number, got '256'"),
+        ("k_test", 25.6, "k_test must be a whole number"),
+        ("k_test", True, "k_test must be a whole number, got True"),
+        ("k_test", None, "k_test must be a whole number, got None"),
+        ("init_lr", "fast", "init_lr must be a number, got 'fast'"),
+        ("init_lr", True, "init_lr must be a number"),
+        ("init_lr", 10**400, "init_lr must be a number"),
+        ("init_lr", math.nan, "init_lr must be from 0 to 1"),
+        ("init_lr", math.inf, "init_lr must be from 0 to 1"),
+        ("init_lr", -1e-5, "init_lr must be from 0 to 1"),
+        ("alpha", 1.5, "alpha must be from 0 to 1"),
+        ("momentum", 1.01, "momentum must be from 0 to 1"),
+        ("vit_grad_ckpt", "yes", "vit_grad_ckpt must be true or false"),
+        ("vit_grad_ckpt", 1, "vit_grad_ckpt must be true or false"),
+        ("ann_root", 2014, "ann_root must be text"),
+        ("ann_root", ["a"], "ann_root must be text"),
+        ("vit", "bse", "vit must be one of base, large, small, tiny, nano, got 'bse', did you mean 'base'?"),
+        ("precision", "fp16", "precision must be one of fp32, tf32, bf16"),
+        ("eval_precision", "bf61", "eval_precision must be one of fp32, tf32, bf16"),
+        ("on_bad_image", "ignore", "on_bad_image must be one of error, skip"),
+        (
+            "dataset",
+            "coco2014",
+            "dataset must be one of coco, flickr, scenes, emoji, custom, got 'coco2014', did you mean",
+        ),
+        ("global_batch_size", "all", "global_batch_size must be a whole number or null"),
+        ("global_batch_size", 0, "global_batch_size must be at least 1"),
+        ("keep_graphs", "all", "keep_graphs must be 'auto' or a whole number"),
+        ("keep_graphs", -1, "keep_graphs must be at least 0"),
+        ("keep_graphs", True, "keep_graphs must be 'auto' or a whole number"),
+        ("batch_size_train", 0, "batch_size_train must be at least 1"),
+        ("max_epoch", 0, "max_epoch must be at least 1"),
+        ("num_workers", -1, "num_workers must be at least 0"),
+    ],
+)
 def test_bad_value_names_its_key_and_what_it_should_be(key, value, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         RetrievalConfig(**{"dataset": "coco", "image_root": "i", key: value})
 
 
-@pytest.mark.parametrize("values, said", [
-    (dict(image_size=390), "image_size 390 is not a multiple of patch_size 16: set image_size to 384"),
-    (dict(min_lr=1e-4), "min_lr 0.0001 is above init_lr 1e-05"),
-    (dict(dataset="custom"), "set train_file, val_file and test_file"),
-    (dict(train_file="t.json"), "train_file would be ignored, as dataset 'coco' names its own files"),
-    (dict(global_batch_size=100, ranks_emulated=8), "multiple of ranks_emulated 8: set global_batch_size to 96"),
-    (dict(global_batch_size=8, ranks_emulated=8), "set global_batch_size to at least 16"),
-    (dict(queue_size=31), "queue_size 31 is smaller than the global batch of 32: set queue_size to at least 32"),
-    (dict(queue_size=255, global_batch_size=256), "set queue_size to at least 256, or lower global_batch_size"),
-])
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        (dict(image_size=390), "image_size 390 is not a multiple of patch_size 16: set image_size to 384"),
+        (dict(min_lr=1e-4), "min_lr 0.0001 is above init_lr 1e-05"),
+        (dict(dataset="custom"), "set train_file, val_file and test_file"),
+        (dict(train_file="t.json"), "train_file would be ignored, as dataset 'coco' names its own files"),
+        (dict(global_batch_size=100, ranks_emulated=8), "multiple of ranks_emulated 8: set global_batch_size to 96"),
+        (dict(global_batch_size=8, ranks_emulated=8), "set global_batch_size to at least 16"),
+        (dict(queue_size=31), "queue_size 31 is smaller than the global batch of 32: set queue_size to at least 32"),
+        (dict(queue_size=255, global_batch_size=256), "set queue_size to at least 256, or lower global_batch_size"),
+    ],
+)
 def test_impossible_combination_says_what_to_set(values, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         RetrievalConfig(**{"dataset": "coco", "image_root": "i"} | values)
@@ -190,34 +221,46 @@ def test_impossible_combination_says_what_to_set(values, said):
 
 # --- resolve
 
-@pytest.mark.parametrize("values, world_size, batch, ranks", [
-    (dict(), 1, 32, 1),
-    (dict(), 8, 256, 8),
-    (dict(global_batch_size=256), 2, 256, 2),
-    (dict(ranks_emulated=8), 2, 64, 8),
-    (dict(global_batch_size=256, ranks_emulated=8, batch_size_train=1), 4, 256, 8),
-    (dict(batch_size_train=24, queue_size=25), 1, 24, 1),  # no multiple needed: the queue wraps around
-])
+
+@pytest.mark.parametrize(
+    "values, world_size, batch, ranks",
+    [
+        (dict(), 1, 32, 1),
+        (dict(), 8, 256, 8),
+        (dict(global_batch_size=256), 2, 256, 2),
+        (dict(ranks_emulated=8), 2, 64, 8),
+        (dict(global_batch_size=256, ranks_emulated=8, batch_size_train=1), 4, 256, 8),
+        (dict(batch_size_train=24, queue_size=25), 1, 24, 1),  # no multiple needed: the queue wraps around
+    ],
+)
 def test_resolve_fills_in_the_batch(values, world_size, batch, ranks):
     cfg = resolve(coco(**values), world_size)
     assert (cfg.global_batch_size, cfg.ranks_emulated) == (batch, ranks)
     assert resolve(cfg, world_size) == cfg
 
 
-@pytest.mark.parametrize("values, world_size, said", [
-    (dict(global_batch_size=256, ranks_emulated=8), 3, "set ranks_emulated to a multiple of 3"),
-    (dict(ranks_emulated=4), 8, "set ranks_emulated to a multiple of 8"),
-    (dict(global_batch_size=100), 8, "is not a multiple of ranks_emulated 8: set global_batch_size to 96"),
-    (dict(batch_size_train=1), 1, "set global_batch_size to at least 2"),
-    (dict(batch_size_train=1), 4, "set global_batch_size to at least 8"),
-    (dict(queue_size=100), 8, "queue_size 100 is smaller than the global batch of 256: set queue_size to at least 256"),
-])
+@pytest.mark.parametrize(
+    "values, world_size, said",
+    [
+        (dict(global_batch_size=256, ranks_emulated=8), 3, "set ranks_emulated to a multiple of 3"),
+        (dict(ranks_emulated=4), 8, "set ranks_emulated to a multiple of 8"),
+        (dict(global_batch_size=100), 8, "is not a multiple of ranks_emulated 8: set global_batch_size to 96"),
+        (dict(batch_size_train=1), 1, "set global_batch_size to at least 2"),
+        (dict(batch_size_train=1), 4, "set global_batch_size to at least 8"),
+        (
+            dict(queue_size=100),
+            8,
+            "queue_size 100 is smaller than the global batch of 256: set queue_size to at least 256",
+        ),
+    ],
+)
 def test_resolve_refuses_a_batch_that_the_processes_cannot_share(values, world_size, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         resolve(coco(**values), world_size)
 
 
 # --- the shipped files
+
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_config_loads_resolves_and_opens_with_its_own_command(path):

@@ -62,8 +62,15 @@ def test_a_slow_machine_times_fewer_samples(monkeypatch):
 
 @pytest.mark.parametrize(
     ("limit", "start", "most", "found"),
-    [(200, 32, 256, 128), (300, 32, 256, 256), (33, 32, 256, 32), (9, 32, 256, 8), (1, 5, 8, 1), (0, 4, 8, 0),
-     (300, 32, 96, 96)],  # fmt: skip
+    [
+        (200, 32, 256, 128),
+        (300, 32, 256, 256),
+        (33, 32, 256, 32),
+        (9, 32, 256, 8),
+        (1, 5, 8, 1),
+        (0, 4, 8, 0),
+        (300, 32, 96, 96),
+    ],  # fmt: skip
 )
 def test_search_for_the_largest_micro_batch(limit, start, most, found):
     assert largest_that_fits(lambda size: size <= limit, start, most) == found

@@ -184,8 +184,12 @@ def test_other_changes_are_logged_and_training_goes_on(tmp_path, caplog):
     save_run(tmp_path, *small(), saved, RunState(step=7), keep_last=1)
     state = resume("auto", tmp_path, *small(), CONFIG | {"max_epoch": 9, "init_lr": 3e-5})
     assert state.step == 7
-    for text in ("max_epoch is 9, was 6", "init_lr is 3e-05, was 1e-05", "rerank_tokens is 32768, was 'unset'",
-                 "gone is 'unset', was 1"):
+    for text in (
+        "max_epoch is 9, was 6",
+        "init_lr is 3e-05, was 1e-05",
+        "rerank_tokens is 32768, was 'unset'",
+        "gone is 'unset', was 1",
+    ):
         assert text in caplog.text
     assert sum(record.levelno == logging.WARNING for record in caplog.records) == 4
 

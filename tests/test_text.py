@@ -7,23 +7,26 @@ from transform import text
 from transform.text import MAX_TOKENS, TokenizedText, build_tokenizer, clean_caption, read_vocabulary, tokenize
 
 
-@pytest.mark.parametrize(("caption", "cleaned"), [
-    ("A Man, riding a horse.", "a man, riding a horse"),  # the comma is not in BLIP's list
-    ("Stop! \"Now\" (please) *x* #1: a;b~c", "stop now please x 1 a b c"),
-    ("end.of.sentence", "end of sentence"),
-    ("two-tone? it's 50% & more/less", "two-tone? it's 50% & more/less"),
-    ("  spaces   inside  and out  ", "spaces inside and out"),
-    ("a cat.\n", "a cat"),  # ' \n' is one run of white space
-    ("a cat\n", "a cat"),
-    ("\n", ""),
-    ("a\tb\nc", "a\tb\nc"),  # lone tabs and newlines stay, as in BLIP
-    ("a \t b\n\nc", "a b c"),
-    ("\ta cat", "\ta cat"),  # only spaces are stripped on the left
-    ("", ""),
-    ("...", ""),
-    ("ÉCLAIR Straße İ", "éclair straße i̇"),
-    ("[ENC] <b>", "[enc] <b>"),
-])
+@pytest.mark.parametrize(
+    ("caption", "cleaned"),
+    [
+        ("A Man, riding a horse.", "a man, riding a horse"),  # the comma is not in BLIP's list
+        ('Stop! "Now" (please) *x* #1: a;b~c', "stop now please x 1 a b c"),
+        ("end.of.sentence", "end of sentence"),
+        ("two-tone? it's 50% & more/less", "two-tone? it's 50% & more/less"),
+        ("  spaces   inside  and out  ", "spaces inside and out"),
+        ("a cat.\n", "a cat"),  # ' \n' is one run of white space
+        ("a cat\n", "a cat"),
+        ("\n", ""),
+        ("a\tb\nc", "a\tb\nc"),  # lone tabs and newlines stay, as in BLIP
+        ("a \t b\n\nc", "a b c"),
+        ("\ta cat", "\ta cat"),  # only spaces are stripped on the left
+        ("", ""),
+        ("...", ""),
+        ("ÉCLAIR Straße İ", "éclair straße i̇"),
+        ("[ENC] <b>", "[enc] <b>"),
+    ],
+)
 def test_clean_caption_like_blip(caption, cleaned):
     assert clean_caption(caption) == cleaned
 
@@ -35,17 +38,20 @@ def test_clean_caption_keeps_thirty_words():
     assert clean_caption("one two three", max_words=2) == "one two"
 
 
-@pytest.mark.parametrize(("caption", "ids"), [
-    ("", []),
-    ("hello world", [7592, 2088]),
-    ("a cat on a mat", [1037, 4937, 2006, 1037, 13523]),
-    ("two dogs playing in the snow", [2048, 6077, 2652, 1999, 1996, 4586]),
-    ("unaffable", [14477, 20961, 3468]),  # una ##ffa ##ble
-    ("café", [7668]),  # accents are dropped
-    ("A CAT", [1037, 4937]),
-    ("a man, sitting", [1037, 2158, 1010, 3564]),
-    ("\U0001f600", [100]),  # unknown
-])
+@pytest.mark.parametrize(
+    ("caption", "ids"),
+    [
+        ("", []),
+        ("hello world", [7592, 2088]),
+        ("a cat on a mat", [1037, 4937, 2006, 1037, 13523]),
+        ("two dogs playing in the snow", [2048, 6077, 2652, 1999, 1996, 4586]),
+        ("unaffable", [14477, 20961, 3468]),  # una ##ffa ##ble
+        ("café", [7668]),  # accents are dropped
+        ("A CAT", [1037, 4937]),
+        ("a man, sitting", [1037, 2158, 1010, 3564]),
+        ("\U0001f600", [100]),  # unknown
+    ],
+)
 def test_known_ids(caption, ids):
     batch = tokenize([caption])
     assert batch.input_ids.tolist() == [[101, *ids, 102]]

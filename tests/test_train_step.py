@@ -97,7 +97,9 @@ def test_forward_is_one_step_of_one_rank(monkeypatch):
     loss_ita, loss_itm = theirs(image, text, alpha=0.2, idx=idx)
     (loss_ita + loss_itm).backward()
     report = train_step(ours, image, text, idx, 0.2, micro_batch=5)
-    torch.testing.assert_close(losses_by_rank(report)[0], torch.tensor([loss_ita.item(), loss_itm.item()]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        losses_by_rank(report)[0], torch.tensor([loss_ita.item(), loss_itm.item()]), rtol=1e-6, atol=0
+    )
     assert_gradients_equal(gradients(ours), gradients(theirs))
 
 

@@ -47,7 +47,9 @@ def train(model: BLIP_Retrieval, job: Job) -> int:
     state = start_run(model, optimizer, job)
     broadcast_model(model)
     if state.epoch == state.step == 0:
-        record(folder / LOG, {"epoch": -1, **evaluate(model, cfg, job.splits["val"], "val")})  # where training starts from
+        record(
+            folder / LOG, {"epoch": -1, **evaluate(model, cfg, job.splits["val"], "val")}
+        )  # where training starts from
     if cfg.compile:
         compile_encoders(model)
     keep_graphs = count_kept_graphs(model, cfg, optimizer)

@@ -36,20 +36,24 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def train_transform(image_size: int) -> Compose:
     """PIL RGB -> (3, S, S) float32: crop of half to all of the area, flip, RandAugment(2, 5); torch's RNG only."""
-    return Compose([
-        RandomResizedCrop(image_size, scale=(0.5, 1.0), interpolation=InterpolationMode.BICUBIC),
-        RandomHorizontalFlip(),
-        RandomAugment(n=2, m=5),
-        *_to_normalised(),
-    ])
+    return Compose(
+        [
+            RandomResizedCrop(image_size, scale=(0.5, 1.0), interpolation=InterpolationMode.BICUBIC),
+            RandomHorizontalFlip(),
+            RandomAugment(n=2, m=5),
+            *_to_normalised(),
+        ]
+    )
 
 
 def eval_transform(image_size: int) -> Compose:
     """PIL RGB -> (3, S, S) float32: the whole image squeezed to a square, so that no object is cut off."""
-    return Compose([
-        Resize((image_size, image_size), interpolation=InterpolationMode.BICUBIC),
-        *_to_normalised(),
-    ])
+    return Compose(
+        [
+            Resize((image_size, image_size), interpolation=InterpolationMode.BICUBIC),
+            *_to_normalised(),
+        ]
+    )
 
 
 def _to_normalised() -> list:

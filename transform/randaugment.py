@@ -127,6 +127,7 @@ def _map_channels(image: np.ndarray, make_table: Callable[[np.ndarray], np.ndarr
 
 def auto_contrast(image: np.ndarray) -> np.ndarray:
     """Stretch each channel to the full range 0 to 255."""
+
     def table(plane: np.ndarray) -> np.ndarray | None:
         low, high = int(plane.min()), int(plane.max())  # int: the negation below must not wrap around
         if high <= low:
@@ -139,6 +140,7 @@ def auto_contrast(image: np.ndarray) -> np.ndarray:
 
 def equalize(image: np.ndarray) -> np.ndarray:
     """Flatten the histogram of each channel, with Pillow's rounding."""
+
     def table(plane: np.ndarray) -> np.ndarray | None:
         histogram = np.bincount(plane.ravel(), minlength=256)
         step = int(histogram[histogram > 0][:-1].sum()) // 255
