@@ -1,7 +1,9 @@
-"""The README's walk-through "Your own data": ten images drawn here, a small config, check, train, evaluate."""
+"""The walk-through "Your own data" of docs/data.md: ten images drawn here, a small config, and the page's commands."""
 
 import csv
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from data.annotations import load_annotations
 from data.images import open_store
 from tests.test_train import ROOT, lines
 
+PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").partition("\n## Your own data\n")[2]
 COLOURS = ("red", "blue", "green", "yellow", "black")
 SHAPES = ("circle", "square")
 
@@ -57,22 +60,39 @@ def run(*args: str) -> int:
     return train_retrieval.main(["--config", "mine.yaml", "--output_dir", "output/mine", "--device", "cpu", *args])
 
 
+def page_commands() -> list[list[str]]:
+    """Arguments of the page's commands on `mine.yaml`, in order."""
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)).replace("\\\n", " ")
+    commands = [shlex.split(line) for line in blocks.splitlines() if "mine.yaml" in line]
+    return [command[command.index("train_retrieval.py") + 1 :] + ["--device", "cpu"] for command in commands]
+
+
+def test_the_page_shows_these_annotations():
+    (example,) = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
+    rows = [{"image": f"red_{shape}.png", "caption": [f"A red {shape}.", f"a {shape} in red"]} for shape in SHAPES]
+    assert json.loads(example) == rows
+
+
 def test_the_walk_through(mine, capsys):
-    assert run("--check") == 0
+    check, train, evaluate = page_commands()
+    assert train_retrieval.main(check) == 0
     out, err = capsys.readouterr()
+    (printed,) = re.findall(r"```\n(datasets/mine.*?)```", PAGE, re.DOTALL)
+    for line in printed.splitlines():
+        assert line == "..." or line in out + err
     assert "split by image with seed 0, for want of a file for test and val: 6 train, 2 test, 2 val" in err
     assert "custom train: 6 images, 12 captions, 6 ids (datasets/mine/train.json)" in out
     assert "2 steps an epoch of 6 pairs, 4 steps in all" in out and out.endswith("all good\n")
     assert not Path("output").exists()
 
-    assert run() == 0
+    assert train_retrieval.main(train) == 0
     err = capsys.readouterr().err
     assert "epoch 1 [2/2]" in err and "the best epoch was" in err
     before, *epochs, test = lines(Path("output/mine/log.txt"))
     assert [before["epoch"], *(line["epoch"] for line in epochs)] == [-1, 0, 1]
     assert test["test_chance_txt_r1"] == 50  # 2 of 4 captions are right
 
-    assert run("--evaluate", "--set", "finetuned=output/mine/checkpoint_best.pth") == 0
+    assert train_retrieval.main(evaluate) == 0
     (evaluated,) = lines(Path("output/mine/evaluate.txt"))
     assert evaluated["test_r_mean"] == test["test_r_mean"]
 
