@@ -39,7 +39,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 something the user can mend (one paragraph on stderr), 75 saved after a signal."""
+    """Exit status: 0 done, 2 something the user can mend (one paragraph on stderr), 75 saved after a signal.
+
+    130: aborted by Ctrl-C, before there was anything to save or for the second time.
+    """
     args = parse_args(argv)
     try:
         cfg = load_config(args.config, args.set, int(os.environ.get("WORLD_SIZE", 1)))
@@ -47,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:  # OSError: a disk that fills up, for instance
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("aborted: nothing more was saved", file=sys.stderr)
+        return 130
 
 
 def run(cfg: RetrievalConfig, args: argparse.Namespace) -> int:
@@ -76,11 +82,10 @@ def run(cfg: RetrievalConfig, args: argparse.Namespace) -> int:
     model = build_model(cfg).to(device)
     if args.dry_run:
         print_dry_run(model, job)
-    elif args.evaluate:
-        evaluate_only(model, cfg, job.splits, job.folder)
-    else:
-        return train(model, job)
-    return 0
+        return 0
+    if args.evaluate:
+        return evaluate_only(model, cfg, job.splits, job.folder)
+    return train(model, job)
 
 
 if __name__ == "__main__":

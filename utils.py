@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -218,6 +219,59 @@ def file_lock(path: Path, waiting: str = "") -> Iterator[None]:
         yield
 
 
+# ---- stop signals -------------------------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    """Raised where work is left because a stop signal came."""
+
+
+class StopSignal:
+    """Notices the first SIGINT, SIGTERM or SIGUSR1 while it is entered; work then asks `poll` where it may be left.
+
+    A second SIGINT raises KeyboardInterrupt. A terminal's Ctrl-C reaches a process twice under the launcher, which
+    passes it on: what follows within REPEAT_SECONDS is the same one.
+    """
+
+    EXIT_STOPPED = 75  # EX_TEMPFAIL: try again
+    REPEAT_SECONDS = 1.0
+
+    def __init__(self) -> None:
+        self.received = ""  # name of the first signal
+        self._since = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+            number = getattr(signal, name, None)  # Windows has no SIGUSR1
+            if number is not None:
+                self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: object) -> None:
+        now = time.monotonic()
+        if not self.received:
+            self.received, self._since = signal.Signals(number).name, now
+            if is_main():  # not through logging, whose lock or stream the signal may have interrupted
+                again = "; Ctrl-C again aborts without saving" if number == signal.SIGINT else ""
+                os.write(2, f"\n{self.received}: leaving at the next place where nothing is lost{again}\n".encode())
+        elif number == signal.SIGINT and now - self._since > self.REPEAT_SECONDS:
+            raise KeyboardInterrupt
+
+    def poll(self) -> None:
+        """Raise Stopped if a signal has come."""
+        if self.received:
+            raise Stopped(self.received)
+
+
+def never_stop() -> None:
+    """A `poll` for work that nobody stops."""
+
+
 # ---- run folder ---------------------------------------------------------------------------------------------------
 
 
@@ -229,13 +283,16 @@ def record(path: Path, stats: dict[str, float]) -> None:
             file.write(json.dumps(stats) + "\n")
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file that `record` wrote."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
 def keep_log_until(path: Path, epoch: int) -> None:
     """Drop the lines that a resumed run writes again: those of `epoch` and later, and the test line."""
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        path.write_text(
-            "".join(line for line in lines if json.loads(line).get("epoch", epoch) < epoch), encoding="utf-8"
-        )
+        kept = [row for row in read_log(path) if row.get("epoch", epoch) < epoch]
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
 
 def name_images(names: list[str], path: Path, limit: int = 10) -> str:
@@ -247,20 +304,6 @@ def name_images(names: list[str], path: Path, limit: int = 10) -> str:
     if is_main():
         path.write_text("\n".join(names) + "\n", encoding="utf-8")
     return f" Images of this step: {', '.join(names[:limit])} and {len(names) - limit} more, all in {path}."
-
-
-class StopSignal:
-    """Set by SIGTERM or SIGUSR1, a cluster's notice: the run saves at the next step and exits with EXIT_STOPPED."""
-
-    EXIT_STOPPED = 75  # EX_TEMPFAIL: try again
-
-    def __init__(self):
-        self.received = False
-        for name in ("SIGTERM", "SIGUSR1"):
-            signal.signal(getattr(signal, name), self._receive)
-
-    def _receive(self, number: int, frame) -> None:
-        self.received = True
 
 
 class NotFinite(ValueError):

@@ -34,12 +34,16 @@ PART = ".part"  # of a save that was interrupted
 
 @dataclass
 class RunState:
-    """Where training stands, in plain numbers; `step` is the next one within `epoch`."""
+    """Where training stands, in plain numbers; `step` is the next one within `epoch`.
+
+    An epoch whose steps are all done is still to be validated; `epoch` becomes the next one afterwards.
+    """
 
     epoch: int = 0
     step: int = 0
     best: float = 0.0
     best_epoch: int = -1
+    momentum_moved: bool = False  # of the next step, which was left after its twins had moved
     meters: dict[str, Any] = field(default_factory=dict)
 
 

@@ -6,6 +6,7 @@ b samples of a rank in a step, S image side.
 
 import logging
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from data.retrieval import EvalImages, RetrievalTrain, collate_train
 from transform.image import eval_transform, train_transform
 
 logger = logging.getLogger(__name__)
+
+GRACE_SECONDS = 20  # that a loader's worker lives on after SIGTERM
 
 
 class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
@@ -75,7 +78,17 @@ class Loader(DataLoader):
 
 
 def _start_worker(_: int) -> None:
-    """One thread for each worker: several workers with a pool each slow one another down."""
+    """One thread for each worker: several workers with a pool each slow one another down.
+
+    A stop signal may reach the whole group of processes. Workers then go on for a while, until the main process has
+    saved and ends them.
+    """
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
     torch.set_num_threads(1)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

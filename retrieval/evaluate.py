@@ -1,6 +1,7 @@
 """Recall of one split: pictures from the loader, re-ranking, the table and the numbers that are stored."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from checkpoints.load import load_pretrained
@@ -10,27 +11,42 @@ from data.loaders import eval_image_loader
 from models.blip_retrieval import BLIP_Retrieval
 from retrieval.metrics import chance_metrics, recall_table, retrieval_metrics, within_noise
 from retrieval.rerank import own_blocks, rerank
-from utils import NotFinite, precision, record
+from utils import NotFinite, Stopped, StopSignal, never_stop, precision, record
 
 log = logging.getLogger("blip")
 
 
-def evaluate_only(model: BLIP_Retrieval, cfg: RetrievalConfig, splits: dict[str, Annotations], folder: Path) -> None:
-    """Load the weights, evaluate the splits, and append one JSON line to `evaluate.txt` in `folder`."""
+def evaluate_only(model: BLIP_Retrieval, cfg: RetrievalConfig, splits: dict[str, Annotations], folder: Path) -> int:
+    """Load the weights, evaluate the splits, and append one JSON line to `evaluate.txt` in `folder`.
+
+    Returns the exit status; a stop signal leaves the file as it was.
+    """
     source = cfg.finetuned or cfg.pretrained
     if source:
         load_pretrained(model, source, cfg.cache_dir)
     else:
         log.warning("neither finetuned nor pretrained is set: evaluating random weights")
     stats = {}
-    for split, annotations in splits.items():
-        stats |= evaluate(model, cfg, annotations, split)
-        if warning := chance_warning(annotations, split, stats):
-            log.warning("warning: %s", warning)
+    with StopSignal() as stop:
+        try:
+            for split, annotations in splits.items():
+                stats |= evaluate(model, cfg, annotations, split, stop.poll)
+                if warning := chance_warning(annotations, split, stats):
+                    log.warning("warning: %s", warning)
+        except Stopped:
+            log.info("stopped by %s: nothing was written; give the same command again", stop.received)
+            return StopSignal.EXIT_STOPPED
     record(folder / "evaluate.txt", stats)
+    return 0
 
 
-def evaluate(model: BLIP_Retrieval, cfg: RetrievalConfig, annotations: Annotations, split: str) -> dict[str, float]:
+def evaluate(
+    model: BLIP_Retrieval,
+    cfg: RetrievalConfig,
+    annotations: Annotations,
+    split: str,
+    poll: Callable[[], None] = never_stop,
+) -> dict[str, float]:
     """Recall of one split in percent, keys prefixed `val_` or `test_`; NotFinite when a score is no number.
 
     BLIP's nine keys are of the re-ranked lists; `itc_*` are the same nine from contrast alone, `chance_*` by luck.
@@ -46,7 +62,7 @@ def evaluate(model: BLIP_Retrieval, cfg: RetrievalConfig, annotations: Annotatio
     model.eval()
     with precision(model, cfg.eval_precision):
         sizes = cfg.k_test, cfg.batch_size_test, cfg.rerank_tokens
-        ranking = rerank(model, batches, num_images, annotations.captions, *sizes, *ids)
+        ranking = rerank(model, batches, num_images, annotations.captions, *sizes, *ids, poll)
     try:
         itm, itc = (retrieval_metrics(x.i2t, x.i2t_value, x.t2i, x.t2i_value, *ids) for x in (ranking.itm, ranking.itc))
     except ValueError as error:

@@ -17,7 +17,7 @@ Shapes: N images, M captions, U distinct texts, P pairs, k shortlist, n image to
 E embedding width, b images of a block.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ from models.blip_retrieval import BLIP_Retrieval, as_match_input
 from retrieval.recheck import Queries, recheck_in_float32
 from retrieval.scoring import EncodedImages, EncodedTexts, score_pairs
 from transform.text import TokenizedText, tokenize
-from utils import Progress, all_reduce_sum, get_rank, get_world_size
+from utils import Progress, all_reduce_sum, get_rank, get_world_size, never_stop
 
 SIMILARITY_CHUNK = 1 << 23  # cosines held at once while shortlisting
 
@@ -65,18 +65,20 @@ def rerank(
     tokens_per_pass: int = 32768,
     image_ids: np.ndarray | None = None,
     text_ids: np.ndarray | None = None,
+    poll: Callable[[], None] = never_stop,
 ) -> Ranking:
     """Rank a gallery. `image_batches` yields this process's blocks, those of `own_blocks`, in order.
 
     k_test beyond the gallery is clamped. `tokens_per_pass` bounds the memory of scoring whatever the gallery's size.
     A caption is right for an image iff their ids are equal; the ids (N,) and (M,) are used under bf16 alone, to find
-    the pairs that Recall depends on. Without them bf16 scores stay as they are.
+    the pairs that Recall depends on. Without them bf16 scores stay as they are. `poll` is called before each pass and
+    may raise to leave.
     """
     with _in_float32(model):
-        texts = encode_texts(model, tokenize(captions), tokens_per_pass)
-        images = encode_images(model, image_batches, num_images, batch_size)
+        texts = encode_texts(model, tokenize(captions), tokens_per_pass, poll)
+        images = encode_images(model, image_batches, num_images, batch_size, poll)
     ids = None if image_ids is None or text_ids is None else (image_ids, text_ids)
-    return rank_encoded(model, images, texts, k_test, tokens_per_pass, ids)
+    return rank_encoded(model, images, texts, k_test, tokens_per_pass, ids, poll)
 
 
 def rank_encoded(
@@ -86,11 +88,12 @@ def rank_encoded(
     k_test: int,
     tokens_per_pass: int,
     ids: tuple[np.ndarray, np.ndarray] | None = None,
+    poll: Callable[[], None] = never_stop,
 ) -> Ranking:
-    """Shortlists, the pairs they need, and their scores; `ids` as in `rerank`."""
+    """Shortlists, the pairs they need, and their scores; `ids` and `poll` as in `rerank`."""
     itc = shortlist(images.feat, texts.feat, texts.distinct, k_test)
     pairs = needed_pairs(itc, texts.distinct)
-    scores = score_pairs(model, images, texts, pairs.image, pairs.text, tokens_per_pass)
+    scores = score_pairs(model, images, texts, pairs.image, pairs.text, tokens_per_pass, poll)
     if model.autocast_dtype is not None and ids is not None:
         image_ids, text_ids = ids
         i2t = Queries(pairs.i2t, itc.i2t_value, text_ids[itc.i2t] == image_ids[:, None])
@@ -98,7 +101,7 @@ def rank_encoded(
 
         def rescore(some: np.ndarray) -> np.ndarray:
             with _in_float32(model):
-                return score_pairs(model, images, texts, pairs.image[some], pairs.text[some], tokens_per_pass)
+                return score_pairs(model, images, texts, pairs.image[some], pairs.text[some], tokens_per_pass, poll)
 
         scores = recheck_in_float32(scores, [i2t, t2i], rescore)
     itm = Shortlists(itc.i2t, scores[pairs.i2t] + itc.i2t_value, itc.t2i, scores[pairs.t2i] + itc.t2i_value)
@@ -124,7 +127,9 @@ def own_blocks(num_images: int, batch_size: int) -> list[range]:
 # ---- encoding -----------------------------------------------------------------------------------------------------
 
 
-def encode_texts(model: BLIP_Retrieval, captions: TokenizedText, tokens_per_pass: int) -> EncodedTexts:
+def encode_texts(
+    model: BLIP_Retrieval, captions: TokenizedText, tokens_per_pass: int, poll: Callable[[], None] = never_stop
+) -> EncodedTexts:
     """Every process encodes all texts: 0.3 % of a COCO evaluation. Texts of one length go together, unpadded."""
     device, encoder = model.temp.device, model.text_encoder
     _, first, distinct = np.unique(captions.input_ids.numpy(), axis=0, return_index=True, return_inverse=True)
@@ -136,6 +141,7 @@ def encode_texts(model: BLIP_Retrieval, captions: TokenizedText, tokens_per_pass
     for length in np.unique(lengths):
         members = np.flatnonzero(lengths == length)
         for part in np.array_split(members, -(-len(members) * length // tokens_per_pass)):
+            poll()
             input_ids = ids[torch.from_numpy(part), :length].to(device)  # (P, length)
             text = TokenizedText(input_ids, torch.ones_like(input_ids))
             with model.autocast():
@@ -148,7 +154,13 @@ def encode_texts(model: BLIP_Retrieval, captions: TokenizedText, tokens_per_pass
     return EncodedTexts(feat, distinct.reshape(-1), lengths, start, states)
 
 
-def encode_images(model: BLIP_Retrieval, batches: Iterable[Tensor], num_images: int, batch_size: int) -> EncodedImages:
+def encode_images(
+    model: BLIP_Retrieval,
+    batches: Iterable[Tensor],
+    num_images: int,
+    batch_size: int,
+    poll: Callable[[], None] = never_stop,
+) -> EncodedImages:
     """Tokens stay on the GPU when they take less than half of its free memory, else they go to pinned host memory."""
     device = model.temp.device
     blocks = own_blocks(num_images, batch_size)
@@ -156,6 +168,7 @@ def encode_images(model: BLIP_Retrieval, batches: Iterable[Tensor], num_images: 
     tokens, stay = [], None
     progress = Progress("encode images", sum(len(block) for block in blocks), "images")
     for block, pixels in zip(blocks, batches, strict=True):
+        poll()
         encoded = model.encode_image(pixels.to(device, model.temp.dtype, non_blocking=True))
         feat[block.start : block.stop] = model.image_feature(encoded)
         if stay is None:

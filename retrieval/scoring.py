@@ -6,7 +6,7 @@ Shapes: N images, U distinct texts, b images of a block, n image tokens, V image
 of one pass: P pairs, T text tokens, m images.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.arrangements import ScoringTexts, on_device, ranges
 from models.blip_retrieval import BLIP_Retrieval
-from utils import Progress, all_reduce_sum
+from utils import Progress, all_reduce_sum, never_stop
 
 # All but cuDNN's attention: it plans each new shape for tens of milliseconds, and here every pass has new shapes.
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -50,6 +50,7 @@ def score_pairs(
     image: np.ndarray,
     text: np.ndarray,
     tokens_per_pass: int,
+    poll: Callable[[], None] = never_stop,
 ) -> np.ndarray:
     """Matching logits (P,) of pairs (image, distinct text) in image order; each process scores its own images."""
     device = model.temp.device
@@ -60,6 +61,7 @@ def score_pairs(
         for block, tokens, (begin, end) in zip(images.blocks, images.tokens, spans, strict=True):
             tokens = tokens.to(device, non_blocking=True)
             for part in _passes(texts.lengths[text[begin:end]], tokens_per_pass):
+                poll()
                 part = slice(begin + part.start, begin + part.stop)
                 scores[part] = _score(model, tokens, image[part] - block.start, texts, text[part])
                 progress.add(part.stop - part.start)

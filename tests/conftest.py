@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the suite is a CPU suite; benchmarks cover the GPU
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -49,6 +50,10 @@ def random_captions(count: int, generator: torch.Generator | None = None, longes
 
 @pytest.fixture
 def tiny_run(tmp_path):
+    return make_tiny_run(tmp_path)
+
+
+def make_tiny_run(tmp_path: Path) -> Path:
     """A folder with 12 training, 4 validation and 4 test pictures, annotations and a config that trains in seconds."""
     rng = np.random.default_rng(0)
     (tmp_path / "images").mkdir()

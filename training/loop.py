@@ -1,9 +1,13 @@
-"""A training run: epochs of steps, validation after each, saves, and the test split with the best weights."""
+"""A training run: epochs of steps, validation after each, saves, and the test split with the best weights.
+
+Where a run can be left and taken up again: before and within any step, before and within any evaluation. An epoch is
+saved as trained before it is validated; a resumed run goes on with the evaluation that is owed.
+"""
 
 import logging
+from collections.abc import Callable
 
 import torch
-from torch.utils.data import DataLoader
 
 from checkpoints.load import load_pretrained
 from checkpoints.runs import BEST, RunState, find_runs, resume, save_checkpoint, save_run
@@ -20,17 +24,21 @@ from training.schedule import build_optimizer, ramped_alpha, set_lr
 from training.step import StepReport, train_step
 from utils import (
     NotFinite,
+    Stopped,
     StopSignal,
     average_gradients,
     barrier,
     broadcast_model,
+    from_main,
     generator,
     get_rank,
     get_world_size,
     is_main,
     keep_log_until,
     name_images,
+    never_stop,
     precision,
+    read_log,
     record,
     seed_from,
 )
@@ -39,45 +47,159 @@ log = logging.getLogger("blip")
 
 
 def train(model: BLIP_Retrieval, job: Job) -> int:
-    """Epochs with validation, then the test split with the best weights. Returns the exit status."""
-    cfg, folder, table = job.cfg, job.folder, job.splits["train"]
-    sampler = recipe_sampler(cfg, len(table.captions), job.args.seed, get_world_size(), get_rank())
-    loader = train_loader(cfg, table, sampler, model.temp.device)
-    optimizer = build_optimizer(model, cfg)
-    state = start_run(model, optimizer, job)
-    broadcast_model(model)
-    if state.epoch == state.step == 0:
-        record(
-            folder / LOG, {"epoch": -1, **evaluate(model, cfg, job.splits["val"], "val")}
-        )  # where training starts from
-    if cfg.compile:
-        compile_encoders(model)
-    keep_graphs = count_kept_graphs(model, cfg, optimizer)
-    stop, warnings = StopSignal(), TrainingWarnings(len(loader))
-    for epoch in range(state.epoch, cfg.max_epoch):
+    """Train, validate and test, or stop at a signal. Returns the exit status."""
+    with StopSignal() as stop:
+        run = TrainingRun(model, job, stop)
         try:
-            stats = train_one_epoch(model, loader, optimizer, job, state, keep_graphs, stop, warnings)
-            if stats is None:
-                log.info("stopped by a signal after step %d of epoch %d: go on with --resume auto", state.step, epoch)
-                return StopSignal.EXIT_STOPPED
-            stats |= evaluate(model, cfg, job.splits["val"], "val")
+            run.validate_start()
+            for _ in range(run.state.epoch, job.cfg.max_epoch):
+                run.train_epoch()
+                run.validate()
+            run.test()
+        except Stopped:
+            log.info("%s; go on with the same command and --resume auto", run.where_it_stands())
+            return StopSignal.EXIT_STOPPED
         except NotFinite as error:
-            images, saves = name_images(error.names, folder / "nonfinite_batch.txt"), find_runs(folder)
+            images, saves = name_images(error.names, job.folder / "nonfinite_batch.txt"), find_runs(job.folder)
             last = saves[0] if saves else "the start of the run"
             raise ValueError(f"{error}{images} The last good state is {last}.") from None
-        if warning := chance_warning(job.splits["val"], "val", stats):
-            warnings.warn("chance", warning)
+    return 0
+
+
+class TrainingRun:
+    """Model, data, optimizer and the state of a run on this process."""
+
+    def __init__(self, model: BLIP_Retrieval, job: Job, stop: StopSignal):
+        self.model, self.job, self.cfg, self.folder, self.stop = model, job, job.cfg, job.folder, stop
+        table = job.splits["train"]
+        self.sampler = recipe_sampler(self.cfg, len(table.captions), job.args.seed, get_world_size(), get_rank())
+        self.loader = train_loader(self.cfg, table, self.sampler, model.temp.device)
+        self.steps = len(self.loader)  # of an epoch
+        self.warnings = TrainingWarnings(self.steps)
+        self.optimizer = build_optimizer(model, self.cfg)
+        self.state = start_run(model, self.optimizer, job)
+        broadcast_model(model)
+        self.train_stats: dict[str, float] = {}  # of the epoch that is to be validated
+        self.keep_graphs: int | None = None
+
+    # ---- training -------------------------------------------------------------------------------------------------
+
+    def train_epoch(self) -> None:
+        """Train what is left of the epoch, and save it as trained."""
+        cfg, state = self.cfg, self.state
+        if self.keep_graphs is None:
+            if cfg.compile:
+                compile_encoders(self.model)
+            self.keep_graphs = count_kept_graphs(self.model, cfg, self.optimizer)
+        name, device = f"epoch {state.epoch}", self.model.temp.device
+        monitor = EpochMonitor(name, self.steps, cfg.global_batch_size, device, state, self.warnings)
+        lr = set_lr(self.optimizer, cfg, state.epoch, state.epoch * self.steps + self.steps - 1)
+        if state.step < self.steps:
+            lr = self.train_steps(monitor)
+            monitor.save(state)
+            self.save()
+        means = monitor.means(cfg.on_bad_image == "skip")
+        self.train_stats = {f"train_{k}": v for k, v in means.items()} | {"train_lr": lr}
+
+    def train_steps(self, monitor: EpochMonitor) -> float:
+        """The steps of the epoch that are left; the learning rate of the last one."""
+        cfg, state = self.cfg, self.state
+        self.sampler.set_epoch(state.epoch, state.step)
+        self.model.train()
+        for step, batch in enumerate(self.loader, state.step):
+            lr = set_lr(self.optimizer, cfg, state.epoch, state.epoch * self.steps + step)
+            self.optimizer.zero_grad()
+            try:
+                self.check_stop()
+                report = self.gradients(batch)
+            except Stopped:
+                monitor.save(state)
+                self.save()
+                raise
+            average_gradients(self.model)
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            grad_norm = torch.nn.utils.get_total_norm(grads)
+            self.optimizer.step()
+            state.step, state.momentum_moved = step + 1, False
+            monitor.update(report, grad_norm, self.model.temp.detach(), lr, batch, bool(self.stop.received))
+            if cfg.save_every_steps and state.step % cfg.save_every_steps == 0 and state.step < self.steps:
+                monitor.save(state)
+                self.save()
+            if monitor.stop_requested and get_world_size() > 1:  # all processes have agreed on this step
+                monitor.save(state)
+                self.save()
+                raise Stopped
+        return lr
+
+    def check_stop(self) -> None:
+        """Leave now if asked to; several processes agree between steps instead, when they exchange losses."""
+        if get_world_size() == 1:
+            self.stop.poll()
+
+    def gradients(self, batch: TrainBatch) -> StepReport:
+        """One step up to the gradients; a signal may end it between micro-batches, with the momentum twins moved."""
+        state, moved = self.state, self.state.momentum_moved
+
+        def poll() -> None:
+            state.momentum_moved = True
+            self.check_stop()
+
+        assert self.keep_graphs is not None
+        place = state.epoch, state.step, self.steps
+        ranks = self.sampler.local_ranks
+        return compute_gradients(
+            self.model, batch, self.cfg, self.job.args.seed, ranks, self.keep_graphs, *place, poll, moved
+        )
+
+    def save(self) -> None:
+        save_run(self.folder, self.model, self.optimizer, self.job.config, self.state, self.cfg.keep_last)
+
+    def where_it_stands(self) -> str:
+        """What is saved, and what is left of the run."""
+        state = self.state
+        if state.epoch >= self.cfg.max_epoch:
+            left = "the test split is still to be evaluated"
+        elif state.step >= self.steps:
+            left = f"epoch {state.epoch} is trained and still to be validated"
+        else:
+            left = f"{state.step} of {self.steps} steps of epoch {state.epoch} are done"
+        return f"stopped by {self.stop.received or 'a signal to another process'}: {left}, all saved in {self.folder}"
+
+    # ---- evaluation -----------------------------------------------------------------------------------------------
+
+    def validate_start(self) -> None:
+        """Validation before the first step (row -1 of the log): where training starts from."""
+        done = from_main(["yes"] if read_log(self.folder / LOG) else [])  # rank 0 keeps the log
+        if self.state.epoch or self.state.step or done:
+            return
+        try:
+            record(self.folder / LOG, {"epoch": -1, **self.evaluate("val")})
+        except Stopped:
+            self.save()
+            raise
+
+    def validate(self) -> None:
+        """Validate the trained epoch, keep the best weights, write the epoch's row, and go to the next epoch."""
+        state, epoch = self.state, self.state.epoch
+        stats = self.train_stats | self.evaluate("val")
+        if warning := chance_warning(self.job.splits["val"], "val", stats):
+            self.warnings.warn("chance", warning)
         if stats["val_r_mean"] > state.best or state.best_epoch < 0:
             state.best, state.best_epoch = stats["val_r_mean"], epoch
-            save_checkpoint(folder / BEST, model, optimizer, job.config, epoch)
-        record(folder / LOG, {"epoch": epoch, **stats, "best_epoch": state.best_epoch})
+            save_checkpoint(self.folder / BEST, self.model, self.optimizer, self.job.config, epoch)
+        record(self.folder / LOG, {"epoch": epoch, **stats, "best_epoch": state.best_epoch})
         state.epoch, state.step, state.meters = epoch + 1, 0, {}
-        save_run(folder, model, optimizer, job.config, state, cfg.keep_last)
+        self.save()
         barrier()
-    load_pretrained(model, str(folder / BEST))
-    record(folder / LOG, {"best_epoch": state.best_epoch, **evaluate(model, cfg, job.splits["test"], "test")})
-    log.info("the best epoch was %d; weights, log and config are in %s", state.best_epoch, folder)
-    return 0
+
+    def test(self) -> None:
+        """The test split with the best weights."""
+        load_pretrained(self.model, str(self.folder / BEST))
+        record(self.folder / LOG, {"best_epoch": self.state.best_epoch, **self.evaluate("test")})
+        log.info("the best epoch was %d; weights, log and config are in %s", self.state.best_epoch, self.folder)
+
+    def evaluate(self, split: str) -> dict[str, float]:
+        return evaluate(self.model, self.cfg, self.job.splits[split], split, self.stop.poll)
 
 
 def start_run(model: BLIP_Retrieval, optimizer: torch.optim.Optimizer, job: Job) -> RunState:
@@ -102,40 +224,6 @@ def count_kept_graphs(model: BLIP_Retrieval, cfg: RetrievalConfig, optimizer: to
         return auto_keep_graphs(model, cfg.image_size, cfg.batch_size_train, samples, optimizer)
 
 
-def train_one_epoch(
-    model: BLIP_Retrieval,
-    loader: DataLoader,
-    optimizer: torch.optim.Optimizer,
-    job: Job,
-    state: RunState,
-    keep_graphs: int,
-    stop: StopSignal,
-    warnings: TrainingWarnings,
-) -> dict[str, float] | None:
-    """Train the steps of `state.epoch` that are left: the epoch's mean losses, or None when a signal stopped it."""
-    cfg, epoch, steps = job.cfg, state.epoch, len(loader)
-    loader.batch_sampler.set_epoch(epoch, state.step)
-    monitor = EpochMonitor(f"epoch {epoch}", steps, cfg.global_batch_size, model.temp.device, state, warnings)
-    model.train()
-    for step, batch in enumerate(loader, state.step):
-        lr = set_lr(optimizer, cfg, epoch, epoch * steps + step)
-        optimizer.zero_grad()
-        ranks = loader.batch_sampler.local_ranks
-        report = compute_gradients(model, batch, cfg, job.args.seed, ranks, keep_graphs, epoch, step, steps)
-        average_gradients(model)
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        optimizer.step()
-        monitor.update(report, grad_norm, model.temp.detach(), lr, batch, stop.received)
-        state.step = step + 1
-        due = cfg.save_every_steps and state.step % cfg.save_every_steps == 0 and state.step < steps
-        if due or monitor.stop_requested:
-            monitor.save(state)
-            save_run(job.folder, model, optimizer, job.config, state, cfg.keep_last)
-        if monitor.stop_requested:
-            return None
-    return {f"train_{k}": v for k, v in monitor.means(cfg.on_bad_image == "skip").items()} | {"train_lr": lr}
-
-
 def compute_gradients(
     model: BLIP_Retrieval,
     batch: TrainBatch,
@@ -146,6 +234,8 @@ def compute_gradients(
     epoch: int,
     step: int,
     steps: int,
+    poll: Callable[[], None] = never_stop,
+    momentum_moved: bool = False,
 ) -> StepReport:
     """One training step up to the gradients; every random draw is a function of (seed, epoch, step, rank)."""
     device = model.temp.device
@@ -161,4 +251,6 @@ def compute_gradients(
             micro_batch=cfg.batch_size_train,
             keep_graphs=keep_graphs,
             generators=[generator(device, seed, epoch, step, 1 + rank) for rank in ranks],
+            poll=poll,
+            momentum_moved=momentum_moved,
         )

@@ -19,7 +19,7 @@ Shapes: n samples on this process (rank after rank), b = n / ranks, m samples of
 width, c samples of a pool, R = ranks * W.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ from models import itc, itm
 from models.arrangements import TrainingTexts, on_device
 from models.blip_retrieval import BLIP_Retrieval
 from transform.text import TokenizedText
-from utils import all_gather, get_rank, get_world_size
+from utils import all_gather, get_rank, get_world_size, never_stop
 
 TEXTS_PER_IMAGE = 4  # micro-batches of texts alone are this much larger: a text's graph is a small part of an image's
 
@@ -76,6 +76,8 @@ class RetrievalStep:
         ranks: int = 1,
         micro_batch: int | None = None,
         generators: Sequence[torch.Generator] | None = None,
+        poll: Callable[[], None] = never_stop,
+        momentum_moved: bool = False,
     ):
         self.model, self.image, self.idx, self.alpha = model, image, idx, alpha
         self.ranks, self.batch = ranks, len(image) // ranks
@@ -87,12 +89,13 @@ class RetrievalStep:
         self.by_rank: dict[str, Tensor] = {}
         self.starved = torch.zeros((), dtype=torch.bool, device=image.device)
 
-        model.clamp_temp()
-        model.update_momentum()
-        features = [
-            model.momentum_features(image[samples], *self._own_texts(samples))
-            for samples in slices(0, len(image), micro_batch or len(image))
-        ]
+        if not momentum_moved:
+            model.clamp_temp()
+            model.update_momentum()
+        features = []
+        for samples in slices(0, len(image), micro_batch or len(image)):
+            poll()
+            features.append(model.momentum_features(image[samples], *self._own_texts(samples)))
         self.image_feat_m, self.text_feat_m = (torch.cat(column) for column in zip(*features, strict=True))  # (n, E)
 
     def encode_text(self, samples: slice) -> Tensor:
@@ -211,24 +214,29 @@ def train_step(
     micro_batch: int | None = None,
     keep_graphs: int = 0,
     generators: Sequence[torch.Generator] | None = None,
+    poll: Callable[[], None] = never_stop,
+    momentum_moved: bool = False,
 ) -> StepReport:
     """Accumulate the gradients of one step into `.grad`, and write the queues.
 
     image (n, 3, S, S), text (n, L), idx (n,), rank after rank; `micro_batch` images at a time (all when None). Leave
     the text on the host, where its lengths are read. `keep_graphs`: image graphs kept between drawing and matching, in
     whole micro-batches and at least one; other images are encoded twice.
+
+    `poll` is called before each micro-batch and may raise to leave the step. Until its last one a step changes nothing
+    but the momentum twins (and the temperature's clamp): to take the step again, say `momentum_moved`.
     """
-    step = RetrievalStep(model, image, text, idx, alpha, ranks, micro_batch, generators)
+    step = RetrievalStep(model, image, text, idx, alpha, ranks, micro_batch, generators, poll, momentum_moved)
     size = micro_batch or len(image)
-    text_feat = torch.cat([_backward_texts(step, part) for part in slices(0, len(image), TEXTS_PER_IMAGE * size)])
+    text_feat = torch.cat([_backward_texts(step, part, poll) for part in slices(0, len(image), TEXTS_PER_IMAGE * size)])
     for pool in step.pools():
         parts = slices(pool.start, pool.stop, size)
         kept = max(1, keep_graphs // size)
-        encoded = [_encode(step, part, keep=i >= len(parts) - kept) for i, part in enumerate(parts)]
+        encoded = [_encode(step, part, i >= len(parts) - kept, poll) for i, part in enumerate(parts)]
         image_feat = torch.cat([part.feat.detach() for part in encoded])
         negatives = step.draw_negatives(pool, image_feat, text_feat[pool])
         while encoded:  # the kept graphs first: they are freed before others are built
-            _backward_images(step, encoded.pop(), negatives)
+            _backward_images(step, encoded.pop(), negatives, poll)
     step.write_queues()
     return StepReport(step.by_rank, step.starved)
 
@@ -238,8 +246,9 @@ def slices(start: int, stop: int, size: int) -> list[slice]:
     return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
-def _backward_texts(step: RetrievalStep, samples: slice) -> Tensor:
+def _backward_texts(step: RetrievalStep, samples: slice, poll: Callable[[], None]) -> Tensor:
     """Features (m, E) without graph, after the backward pass of what texts alone decide."""
+    poll()
     feat = step.encode_text(samples)
     step.add_up(step.text_terms(samples, feat)).backward()
     return feat.detach()
@@ -254,7 +263,8 @@ class _EncodedPart(NamedTuple):
     rng_state: Tensor | None
 
 
-def _encode(step: RetrievalStep, samples: slice, keep: bool) -> _EncodedPart:
+def _encode(step: RetrievalStep, samples: slice, keep: bool, poll: Callable[[], None]) -> _EncodedPart:
+    poll()
     if keep:
         image_tokens, feat = step.encode_image(samples)
         return _EncodedPart(samples, feat, image_tokens, None)
@@ -263,8 +273,9 @@ def _encode(step: RetrievalStep, samples: slice, keep: bool) -> _EncodedPart:
         return _EncodedPart(samples, step.encode_image(samples, cls_only=True)[1], None, state)
 
 
-def _backward_images(step: RetrievalStep, part: _EncodedPart, negatives: Negatives) -> None:
+def _backward_images(step: RetrievalStep, part: _EncodedPart, negatives: Negatives, poll: Callable[[], None]) -> None:
     """Forward of what was not kept, and the backward pass of what images and their pairs decide."""
+    poll()
     samples, feat, image_tokens, rng_state = part
     if image_tokens is None:
         with _replay(rng_state, step.image.device):
