@@ -151,10 +151,8 @@ def _download(address: str, part: Path) -> None:
             error = getattr(problem, "reason", problem)
             if isinstance(error, socket.gaierror):
                 break  # no network: waiting would only delay the message
-    raise ValueError(
-        f"{address}: cannot be downloaded ({error}); {_size(part)} bytes are kept in {part}, the next call goes on "
-        "from there."
-    )
+    kept = f"; {_size(part)} bytes are kept in {part}, the next call goes on from there" if _size(part) else ""
+    raise ValueError(f"{address}: cannot be downloaded ({error}){kept}.")
 
 
 def _receive(address: str, part: Path) -> None:
