@@ -19,11 +19,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather as gather_with_gradient
 
-try:
-    import fcntl
-except ImportError:  # no file locks on this system
-    fcntl = None
-
 log = logging.getLogger("blip")
 
 PRINT_SECONDS = 10.0  # between lines of progress
@@ -198,25 +193,6 @@ def find_path(path: str | os.PathLike) -> Path:
     here = Path(path).expanduser()
     there = REPOSITORY / here  # an absolute path stays what it is
     return there if there.exists() and not here.exists() else here
-
-
-@contextmanager
-def file_lock(path: Path, waiting: str = "") -> Iterator[None]:
-    """Exclusive over processes, which log `waiting` while they do; the system releases it when its holder dies.
-
-    Without file locks (Windows) two processes may both do the work, and the first to finish wins.
-    """
-    if fcntl is None:
-        yield
-        return
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if waiting:
-                log.info("%s", waiting)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 # ---- stop signals -------------------------------------------------------------------------------------------------

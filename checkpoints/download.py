@@ -1,4 +1,4 @@
-"""Checkpoints from an address: downloaded once per cache folder, however many processes ask, and resumed when cut.
+"""Files from an address: downloaded once per folder, however many processes ask, and resumed when cut.
 
 Addresses of the released files: https://github.com/salesforce/BLIP (README). No hashes were published with them: a file
 is checked against the server's Content-Length, and against `<file>.sha256` where one lies beside it.
@@ -11,16 +11,20 @@ import logging
 import os
 import re
 import shutil
+import socket
 import ssl
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import torch
+from filelock import FileLock, Timeout
 
-from utils import Progress, file_lock
+from utils import Progress
 
 log = logging.getLogger(__name__)
 
@@ -68,20 +72,53 @@ def cache_folder(cache_dir: str = "") -> Path:
 
 
 def _fetch(address: str, folder: Path) -> Path:
-    """Download to `<name>.part`, then rename; a lock makes processes of one machine, or one file system, take turns."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / _file_name(address)
-    if path.exists():
-        return path
-    waiting = f"another process is downloading {path.name}: waiting"
-    with file_lock(path.with_name(path.name + ".lock"), waiting):
-        if not path.exists():  # another process may have brought it meanwhile
-            part = path.with_name(path.name + ".part")
-            _download(address, part)
-            os.replace(part, path)
-            part.with_name(part.name + ".etag").unlink(missing_ok=True)
-            log.info("downloaded %s to %s", address, path)
+    try:
+        fetch_to(address, path)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} Without a network: bring the file here by other means and give its path. `cache_dir` or "
+            "BLIP_CACHE names another folder for downloads."
+        ) from None
     return path
+
+
+def fetch_to(address: str, path: Path, check: Callable[[Path], None] = lambda part: None) -> None:
+    """Download `address` to `path` unless it is there: to `<name>.part`, which a later call completes, then renamed.
+
+    `check` raises ValueError for a complete file that is not what was wanted; that one is not kept. Raises ValueError
+    for what the network or a lack of room can cause, OSError for what the disk can.
+    """
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _turn(path):
+        if path.exists():  # another process has brought it meanwhile
+            return
+        part = path.with_name(path.name + ".part")
+        _download(address, part)
+        _etag_file(part).unlink(missing_ok=True)
+        try:
+            check(part)
+        except ValueError:
+            part.unlink()
+            raise
+        os.replace(part, path)
+        log.info("downloaded %s to %s", address, path)
+
+
+def _turn(path: Path) -> AbstractContextManager:
+    """The lock of a file, for processes of one machine or one file system; it ends with the process that holds it."""
+    lock = FileLock(path.with_name(path.name + ".lock"))
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        log.info("another process is downloading %s: waiting", path.name)
+        return lock.acquire()
+
+
+def _etag_file(part: Path) -> Path:
+    return part.with_name(part.name + ".etag")
 
 
 def _file_name(address: str) -> str:
@@ -112,15 +149,15 @@ def _download(address: str, part: Path) -> None:
             error = answer
         except NETWORK_ERRORS as problem:
             error = getattr(problem, "reason", problem)
-    raise ValueError(
-        f"{address}: cannot be downloaded ({error}); {_size(part)} bytes are kept in {part}, the next call goes on "
-        "from there. Without a network: bring the file here by other means and give its path."
-    )
+            if isinstance(error, socket.gaierror):
+                break  # no network: waiting would only delay the message
+    kept = f"; {_size(part)} bytes are kept in {part}, the next call goes on from there" if _size(part) else ""
+    raise ValueError(f"{address}: cannot be downloaded ({error}){kept}.")
 
 
 def _receive(address: str, part: Path) -> None:
     """One connection: append to `part` what is missing; OSError if it ends early."""
-    etag_file = part.with_name(part.name + ".etag")
+    etag_file = _etag_file(part)
     request = urllib.request.Request(address, headers={"User-Agent": "blip-retrieval"})
     start = _size(part)
     if start:
@@ -170,8 +207,7 @@ def _require_space(part: Path, needed: int) -> None:
     free = shutil.disk_usage(part.parent).free
     if free < needed:
         raise ValueError(
-            f"{part.parent}: {needed / 1e9:.2f} GB are to be downloaded and {free / 1e9:.2f} GB are free: make room, "
-            "or set `cache_dir` or BLIP_CACHE to another folder."
+            f"{part.parent}: {needed / 1e9:.2f} GB are to be downloaded and {free / 1e9:.2f} GB are free: make room."
         )
 
 

@@ -17,7 +17,7 @@ class DatasetInfo:
 
     files: str = ""  # annotation file of a split, under ann_root; '' = the config names the files
     online: bool = False  # whether those files can be downloaded from ANNOTATIONS_URL
-    drawn: bool = False  # whether annotations and images are drawn at the first use
+    drawn: bool = False  # whether data/scenes.py draws annotations and images at the first use
     karpathy: str = ""  # its name in Karpathy's own JSON, which `data.prepare convert` reads
     counts: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # split: published images and captions
     sources: Mapping[str, str] = field(default_factory=dict)  # folder under image_root: where its images come from

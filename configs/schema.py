@@ -6,7 +6,7 @@ unchanged. What cannot work, in a file or in `--set`, is a `ValueError` that nam
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,10 @@ KIND_NAMES = {
 }
 
 
-def knob(default: Any, doc: str, low: float | None = None, high: float | None = None, choices: tuple = ()) -> Any:
-    """A field with its documentation, its inclusive limits and its choices."""
+def knob(
+    default: Any, doc: str, low: float | None = None, high: float | None = None, choices: Collection[str] = ()
+) -> Any:
+    """A field with its documentation, its inclusive limits and its choices: a list, or the keys of a table."""
     return field(default=default, metadata={"doc": doc, "low": low, "high": high, "choices": choices})
 
 
@@ -39,34 +41,36 @@ class RetrievalConfig:
     """The reference of the knobs; building one raises `ValueError` for a value or a combination that cannot work."""
 
     # --- data
-    dataset: str = knob(MISSING, "what to train and evaluate on", choices=tuple(DATASETS))
+    dataset: str = knob(MISSING, "what to train and evaluate on", choices=DATASETS)
     image_root: str = knob("", "folder or .zip that the annotations' image paths are relative to")
     ann_root: str = knob("annotation", "folder of the annotation files")
     train_file: str = knob("", "custom only: training annotations, relative to ann_root unless absolute")
     val_file: str = knob("", "custom only: validation annotations, evaluated after each epoch")
     test_file: str = knob("", "custom only: test annotations, evaluated at the end and by --evaluate")
     augment: bool = knob(True, "true: BLIP's random crop, flip and RandAugment; false: train on the test transform")
-    num_workers: int = knob(4, "loader processes of each training process; 0 loads in the process itself", 0)
-    on_bad_image: str = knob("error", "what an unreadable image does: stop, or be left out", choices=BAD_IMAGE)
+    num_workers: int = knob(4, "loader processes per training process; 0: it loads the data itself", 0)
+    on_bad_image: str = knob("error", "an unreadable training image stops the run, or is skipped", choices=BAD_IMAGE)
 
     # --- model
     pretrained: str = knob("", "checkpoint that training starts from, a path or an address; '' = random weights")
     finetuned: str = knob("", "checkpoint that --evaluate loads; '' = `pretrained`, as with BLIP's own YAML files")
-    cache_dir: str = knob("", "folder for downloaded checkpoints; '' = torch.hub's")
-    vit: str = knob("base", "size of the image encoder", choices=tuple(VIT_SIZES))
+    cache_dir: str = knob("", "folder for downloaded checkpoints; '' = that of torch.hub")
+    vit: str = knob("base", "size of the image encoder", choices=VIT_SIZES)
     patch_size: int = knob(16, "side of an image patch in pixels; released checkpoints have 16", 1)
     image_size: int = knob(384, "side of the square input image in pixels, a multiple of patch_size", 1)
-    med_config: str = knob("configs/med_config.json", "text encoder's JSON; sought in the repository too")
-    pos_embed_std: float = knob(0.02, "spread of the image position embeddings at the start, from random weights", 0, 1)
+    med_config: str = knob("configs/med_config.json", "JSON of the text encoder; also looked up in the repository")
+    pos_embed_std: float = knob(0.02, "standard deviation of the initial image position embeddings", 0, 1)
     embed_dim: int = knob(256, "width of the contrastive features; released checkpoints have 256", 1)
     vit_grad_ckpt: bool = knob(False, "recompute activations of image blocks in the backward pass to save memory")
     vit_ckpt_layer: int = knob(0, "number of last image blocks that vit_grad_ckpt recomputes", 0)
 
     # --- loss
-    momentum: float = knob(0.995, "share of its old weights a momentum encoder keeps per step", 0, 1)
+    momentum: float = knob(0.995, "share of its old weights that a momentum encoder keeps in a step", 0, 1)
     queue_size: int = knob(57600, "momentum features kept as contrastive targets, at least a global batch", 1)
     alpha: float = knob(0.4, "weight of the momentum encoders' soft targets; ramps up over the first epoch", 0, 1)
-    negative_all_rank: bool = knob(True, "hard negatives from all ranks (true) or from the own one (false)")
+    negative_all_rank: bool = knob(
+        True, "hard negatives from all ranks (true) or only from the sample's own rank (false)"
+    )
 
     # --- batches
     batch_size_train: int = knob(32, "MICRO-batch: samples per forward and backward pass of one process", 1)
@@ -89,14 +93,14 @@ class RetrievalConfig:
     # --- speed and memory
     precision: str = knob("fp32", "arithmetic of training; losses and momentum update stay fp32", choices=PRECISIONS)
     eval_precision: str = knob(
-        "fp32", "of evaluation; bf16: close calls again in float32, so Recall is float32's", choices=PRECISIONS
+        "fp32", "of evaluation; bf16: close scores are recomputed in float32, so Recall is the same", choices=PRECISIONS
     )
-    keep_graphs: int | str = knob("auto", "images per step kept for backward, not recomputed; auto: what fits", 0)
-    compile: bool = knob(False, "torch.compile the encoders: minutes of start for faster steps")
+    keep_graphs: int | str = knob("auto", "images per step kept for backward, not recomputed; auto: all that fit", 0)
+    compile: bool = knob(False, "torch.compile the encoders: minutes to start, then faster steps")
 
     # --- run folder
-    save_every_steps: int = knob(0, "optimizer steps between saves for --resume, besides each epoch's; 0 = none", 0)
-    keep_last: int = knob(2, "number of such saves that are kept", 1)
+    save_every_steps: int = knob(0, "optimizer steps between extra saves for --resume; 0 = only after each epoch", 0)
+    keep_last: int = knob(2, "number of saves for --resume that are kept", 1)
 
     def __post_init__(self) -> None:
         for knob_ in fields(self):
@@ -107,9 +111,9 @@ class RetrievalConfig:
 
 
 def _typed(key: str, value: Any, kind: Any, default: Any) -> Any:
-    """`value` as the type of its field: '1e-5' counts as a number, an empty text as '', true is not the number 1.
+    """`value` as the type of its field: '1e-5' counts as a number, null as an empty text, true is not the number 1.
 
-    Only until `resolve` a field may be null whose default is.
+    A number may be null only if its default is; `resolve` fills it in.
     """
     if value is None and (kind is str or default is None):
         return "" if kind is str else None
@@ -125,7 +129,9 @@ def _typed(key: str, value: Any, kind: Any, default: Any) -> Any:
     return value
 
 
-def _check_value(key: str, value: Any, doc: str, low: float | None, high: float | None, choices: tuple) -> None:
+def _check_value(
+    key: str, value: Any, doc: str, low: float | None, high: float | None, choices: Collection[str]
+) -> None:
     if choices and value not in choices:
         raise ValueError(f"{key} must be one of {', '.join(choices)}, got {value!r}{_nearest(value, choices)} ({doc})")
     if low is None or not isinstance(value, int | float):
@@ -145,6 +151,7 @@ def _check_combinations(cfg: RetrievalConfig) -> None:
 def _contradictions(cfg: RetrievalConfig) -> list[tuple[Any, str]]:
     """Knobs that contradict each other, as a table of (is it wrong, what to do)."""
     own_files = [key for key in ("train_file", "val_file", "test_file") if getattr(cfg, key)]
+    has_files = bool(DATASETS[cfg.dataset].files)
     return [
         (
             cfg.image_size % cfg.patch_size,
@@ -160,11 +167,12 @@ def _contradictions(cfg: RetrievalConfig) -> list[tuple[Any, str]]:
             f"keep_graphs must be 'auto' or a whole number, got {cfg.keep_graphs!r}",
         ),
         (
-            cfg.dataset == "custom" and not own_files,
-            "dataset 'custom' has no files: set train_file, val_file and test_file, or test_file alone to --evaluate",
+            not has_files and not own_files,
+            f"dataset '{cfg.dataset}' has no files: set train_file, val_file and test_file, or test_file alone to "
+            "--evaluate",
         ),
         (
-            cfg.dataset != "custom" and own_files,
+            has_files and own_files,
             f"{', '.join(own_files)} would be ignored, as dataset '{cfg.dataset}' names its own files under ann_root: "
             "set dataset to 'custom', or remove them",
         ),
@@ -172,7 +180,7 @@ def _contradictions(cfg: RetrievalConfig) -> list[tuple[Any, str]]:
 
 
 def _batch_contradictions(cfg: RetrievalConfig) -> list[tuple[Any, str]]:
-    """The same for the sizes of a step, as far as they are set; `resolve` sets those that depend on the processes."""
+    """The same for the sizes of a step that are set; `resolve` sets those that depend on the number of processes."""
     batch, ranks = cfg.global_batch_size, cfg.ranks_emulated
     per_rank = batch / ranks if batch and ranks else 2
     at_once = batch or cfg.batch_size_train
@@ -240,7 +248,7 @@ def _docs() -> dict[str, str]:
     return {knob_.name: knob_.metadata["doc"] for knob_ in fields(RetrievalConfig)}
 
 
-def _nearest(word: Any, known: Sequence[str]) -> str:
+def _nearest(word: Any, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
     return f", did you mean '{close[0]}'?" if close else ""
 
@@ -248,7 +256,7 @@ def _nearest(word: Any, known: Sequence[str]) -> str:
 def _check_keys(where: str, keys: Mapping[str, Any]) -> None:
     for key in keys:
         if key not in _docs():
-            hint = _nearest(key, list(_docs())) or ": remove it (configs/schema.py lists every key)"
+            hint = _nearest(key, _docs()) or ": remove it (configs/schema.py lists every key)"
             raise ValueError(f"{where}: unknown key '{key}'{hint}")
 
 

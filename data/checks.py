@@ -1,14 +1,14 @@
-"""What can be known to be wrong before the first step: errors stop a run, warnings say the remedy, facts are counted.
+"""What can be known to be wrong with annotations and images before the first step.
 
-A run looks at a sample when it starts; `--check` looks at everything and writes nothing. This file looks at
-annotations and images; `recipe.py` at the config, against them and the machine.
+Errors stop a run, warnings come with a remedy, facts are for the reader. A run looks at a sample when it starts;
+`--check` looks at everything and writes nothing.
 """
 
 import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -16,18 +16,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from configs.datasets import DATASETS
 from configs.schema import RetrievalConfig
 from data.annotations import Annotations
-from data.images import ImageStore, open_store, require_images
+from data.images import ImageStore, missing_message, open_store
 from transform.text import MAX_TOKENS, MAX_WORDS, build_tokenizer
 from utils import Progress
 
 logger = logging.getLogger(__name__)
 
 QUICK_IMAGES, QUICK_CAPTIONS = 24, 2000  # of each split that the start of a run looks at
-NAMED = 10  # culprits that a message lists
-RARE = 0.01  # a smaller share of captions is a fact, not a warning
-SIDES = (64, 128, 256, 384, 512, 1024)  # pixels, borders of the histogram
+NAMED = 10  # images that a message lists
+RARE = 0.01  # share of captions below which a finding is a fact, not a warning
+SIDES = (64, 128, 256, 384, 512, 1024)  # pixels, edges of the histogram's bins
 
 
 @dataclass
@@ -44,14 +45,14 @@ class Findings:
         self.errors += other.errors
 
     def attempt(self, do: Callable[[], Any]) -> None:
-        """Call `do`; the message of its ValueError becomes one of the errors."""
+        """Call `do`; if it raises ValueError, the message becomes one of the errors."""
         try:
             do()
         except ValueError as error:
             self.errors.append(str(error))
 
     def report(self) -> str:
-        """Facts, warnings and a count of both and of the errors."""
+        """Facts and warnings, then the numbers of errors and warnings."""
         lines = [*self.facts, *(f"warning: {warning}" for warning in self.warnings)]
         counts = [f"{len(x)} {name}{'s' * (len(x) > 1)}" for x, name in
                   ((self.errors, "error"), (self.warnings, "warning")) if x]  # fmt: skip
@@ -78,30 +79,44 @@ class Findings:
 
 
 def check_data(cfg: RetrievalConfig, splits: dict[str, Annotations], full: bool = False) -> Findings:
-    """Captions, ids, images and what the splits share; `full`: all of the images and captions, not a sample."""
-    found = Findings()
+    """Counts, captions, ids, images and what the splits share; `full`: all images and captions, not a sample."""
+    found, info = Findings(), DATASETS[cfg.dataset]
     for split, table in splits.items():
-        ids = len(np.unique(table.image_ids))
-        found.facts.append(
-            f"{table.name}: {len(table.images)} images, {len(table.captions)} captions, {ids} ids ({table.file})"
-        )
+        found.add(check_counts(table, info.counts.get(split), full))
         found.add(check_captions(table, len(table.captions) if full else QUICK_CAPTIONS))
         found.warnings += id_warnings(table, split)
+    if info.drawn and not splits:
+        return found  # nothing could be drawn, which has been said
     prints: dict[str, dict[str, str]] = {}
-    for split, table in splits.items():
-        try:
-            store = open_store(cfg)
-            require_images(store, table.images)
-        except ValueError as error:
-            if str(error) not in found.errors:  # the same image_root is missing to every split
-                found.errors.append(str(error))
-            continue
-        skip = cfg.on_bad_image == "skip" and split == "train"
-        images, prints[split] = check_images(store, table, full, skip)
-        found.add(images)
+    try:
+        store = open_store(cfg)
+        store.missing([])  # opens an archive, which may be broken
+    except ValueError as error:
+        folders = "; ".join(f"{folder}/: {source}" for folder, source in info.sources.items())
+        found.errors.append(f"{error}. Its folders: {folders}" if folders else str(error))
+    else:
+        for split, table in splits.items():
+            skip = cfg.on_bad_image == "skip" and split == "train"
+            images, prints[split] = check_images(store, table, info.sources, full, skip)
+            found.add(images)
     for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
         if one in splits and other in splits:
             found.add(overlap(splits[one], splits[other], prints.get(one, {}), prints.get(other, {})))
+    return found
+
+
+def check_counts(table: Annotations, published: tuple[int, int] | None, full: bool) -> Findings:
+    """Numbers of images and captions; other ones than the published are an error of `--check`, a warning of a run."""
+    images, captions, ids = len(table.images), len(table.captions), len(np.unique(table.image_ids))
+    line = f"{table.name}: {images} images, {captions} captions"
+    if (images, captions) == published:
+        return Findings(facts=[f"{line}, as published ({table.file})"])
+    found = Findings(facts=[f"{line}, {ids} ids ({table.file})"])
+    if published:
+        (found.errors if full else found.warnings).append(
+            f"{table.file}: {images:,} images and {captions:,} captions, not the published {published[0]:,} and "
+            f"{published[1]:,}: Recall cannot be compared. Delete it, the next run downloads it again"
+        )
     return found
 
 
@@ -135,10 +150,9 @@ def check_captions(table: Annotations, limit: int) -> Findings:
 
 
 def id_warnings(table: Annotations, split: str) -> list[str]:
-    """Rows given twice, an id that covers most of a training set, captions shared by different ids."""
+    """Captions given twice, an id that covers most of a training set, captions shared by different ids."""
     warnings, count = [], len(table.captions)
-    rows = list(zip(table.caption_image.tolist(), table.captions, strict=True))
-    twice = count - len(set(rows))
+    twice = count - len(set(zip(table.caption_image.tolist(), table.captions, strict=True)))
     if twice > RARE * count:
         warnings.append(f"{table.name}: {twice} of {count} captions repeat a caption of the same image: remove them")
     if split == "train":
@@ -148,7 +162,7 @@ def id_warnings(table: Annotations, split: str) -> list[str]:
             first = table.images[int(np.argmax(table.image_ids == largest))]
             warnings.append(
                 f"{table.name}: {100 * share:.0f} % of the captions have the image_id of {first}, so batches hold few "
-                "negatives: give different images different image_id"
+                "negatives: give an image_id only to images that show the same thing"
             )
         return warnings
     owners = Counter(caption for caption, _ in {*zip(table.captions, table.caption_ids.tolist(), strict=True)})
@@ -156,7 +170,7 @@ def id_warnings(table: Annotations, split: str) -> list[str]:
     if shared > 5 * RARE * count:
         warnings.append(
             f"{table.name}: {shared} of {count} captions belong to images of different image_id, so no ranking finds "
-            "all: give images that a caption fits equally one image_id"
+            "all: give one image_id to images that a caption fits equally well"
         )
     return warnings
 
@@ -169,8 +183,12 @@ class Look(NamedTuple):
     fingerprint: str
 
 
-def check_images(store: ImageStore, table: Annotations, full: bool, skip: bool) -> tuple[Findings, dict[str, str]]:
+def check_images(
+    store: ImageStore, table: Annotations, sources: Mapping[str, str], full: bool, skip: bool
+) -> tuple[Findings, dict[str, str]]:
     """Decode some images, or all of them, which gives a histogram of sizes and the fingerprints by name."""
+    if errors := missing_images(store, table, sources):
+        return Findings(errors=errors), {}
     names = table.images if full else _spread(table.images, QUICK_IMAGES)
     looks = look_at(store, names, f"{table.name}: images decoded")
     found, whole = Findings(), len(names) == len(table.images)
@@ -182,8 +200,21 @@ def check_images(store: ImageStore, table: Annotations, full: bool, skip: bool) 
         else:
             found.errors.append(line)
     if full:
-        found.facts.append(f"{table.name}: images by their shorter side in pixels: {histogram(looks.values())}")
+        found.facts += [
+            f"{table.name}: all {len(names)} images are under {store.root}",
+            f"{table.name}: images by their shorter side in pixels: {histogram(looks.values())}",
+        ]
     return found, {name: seen.fingerprint for name, seen in looks.items() if full and not seen.error}
+
+
+def missing_images(store: ImageStore, table: Annotations, sources: Mapping[str, str]) -> list[str]:
+    """An error for each folder of `sources` that lacks images, and one for all other missing images."""
+    by_folder: dict[str, list[str]] = {folder: [] for folder in (*sources, "")}
+    for name in table.images:
+        folder = os.path.dirname(name)
+        by_folder[folder if folder in sources else ""].append(name)
+    messages = [missing_message(store, names, folder, sources.get(folder, "")) for folder, names in by_folder.items()]
+    return [f"{table.name}: {message}" for message in messages if message]
 
 
 def look_at(store: ImageStore, names: Sequence[str], what: str) -> dict[str, Look]:

@@ -1,6 +1,6 @@
 """Pictures by name, out of a folder or a .zip: the same RGB pixels as BLIP's `Image.open(path).convert('RGB')`.
 
-Where that line gives nonsense or a crash (16-bit greyscale, bombs, truncated files), see `to_rgb`, `ImageStore.load`.
+Where that line crashes or gives nonsense (16-bit greyscale, bombs, truncated files): `to_rgb` and `ImageStore.load`.
 """
 
 import hashlib
@@ -15,12 +15,13 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from configs.datasets import DATASETS
 from configs.schema import RetrievalConfig
 from data.scenes import ARCHIVE
 from transform.image import to_rgb
 from utils import find_path
 
-MAX_BYTES = 1 << 30  # of one image file: a .zip of kilobytes can hold a member that unpacks to all of the memory
+MAX_BYTES = 1 << 30  # of one image file: a member of a small .zip can unpack to more than the memory
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # ImageStore.load refuses such pictures
 
 
@@ -35,9 +36,9 @@ class ImageStore:
         self._zip: zipfile.ZipFile | None = None
         self._zip_pid = 0
         if not (self.root.is_file() if self.is_zip else self.root.is_dir()):
-            kind = "archive" if self.is_zip else "folder (nor a .zip)"
+            kind = "not an archive" if self.is_zip else "neither a folder nor a .zip"
             raise ValueError(
-                f"image_root {self.root} is no {kind}: set image_root in the config to where the images are "
+                f"image_root {self.root} is {kind}: set image_root in the config to where the images are "
                 "(a relative path is looked up from the working directory, then from the repository)"
             )
 
@@ -66,8 +67,8 @@ class ImageStore:
             raise ValueError(f"image {name} is missing from image_root {self.root}") from None
         except UnidentifiedImageError:
             raise ValueError(
-                f"image {name} in {self.root} cannot be read (no image, or of an unknown format): replace the file, or "
-                "remove its rows from the annotations"
+                f"image {name} in {self.root} cannot be read (not an image, or of an unknown format): replace the "
+                "file, or remove its rows from the annotations"
             ) from None
         except Image.DecompressionBombError as error:
             raise ValueError(
@@ -100,7 +101,7 @@ class ImageStore:
             return ""
 
     def missing(self, names: Iterable[str]) -> list[str]:
-        """Those of `names` that are not there, in their order; a folder is listed once, not asked file by file."""
+        """Those of `names` that are not there, in their order; each folder is listed only once."""
         names = list(names)
         if self.is_zip:
             return [name for name in names if name not in self.archive.NameToInfo]
@@ -112,22 +113,25 @@ class ImageStore:
 
 
 def open_store(cfg: RetrievalConfig) -> ImageStore:
-    """The images of the config's data set; those of `scenes` lie beside its annotations, wherever image_root points."""
-    return ImageStore(find_path(cfg.ann_root) / ARCHIVE if cfg.dataset == "scenes" else cfg.image_root)
+    """The images of the config's data set; drawn ones lie beside their annotations, wherever image_root points."""
+    return ImageStore(find_path(cfg.ann_root) / ARCHIVE if DATASETS[cfg.dataset].drawn else cfg.image_root)
 
 
-def require_images(store: ImageStore, names: Sequence[str]) -> None:
-    """Raise ValueError with the first missing path and the number of missing ones, unless all are there."""
+def missing_message(store: ImageStore, names: Sequence[str], folder: str = "", source: str = "") -> str:
+    """How many of the images `names` (of `folder`) are missing and what to do; '' when all are there.
+
+    `source`: where the images of that folder come from.
+    """
     missing = store.missing(names)
     if not missing:
-        return
-    hint = "set image_root so that image_root/path exists"
+        return ""
+    remedy = "set image_root so that image_root/path exists"
     if store.is_zip:
-        hint = "the paths inside the archive have to equal those in the annotations"
+        remedy = "make the paths inside the archive equal those in the annotations"
         longer = next((entry for entry in store.archive.NameToInfo if entry.endswith("/" + missing[0])), None)
         if longer:
-            hint += f"; it holds {longer}, so pack it again without the leading {longer.removesuffix(missing[0])}"
-    raise ValueError(
-        f"{len(missing)} of {len(names)} images are missing under image_root {store.root}, "
-        f"the first is {missing[0]}: {hint}"
+            remedy += f"; it holds {longer}, so pack it again without the leading {longer.removesuffix(missing[0])}"
+    return (
+        f"{len(missing):,} of {len(names):,} images{f' of {folder}' if folder else ''} are missing under image_root "
+        f"{store.root}, the first is {missing[0]}: {f'{source}, or ' if source else ''}{remedy}"
     )

@@ -29,14 +29,14 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
 
     Rank r of the recipe gets in step i what `DistributedSampler(num_replicas=ranks, rank=r, shuffle=True, seed=seed)`
     and a batch of b = global_batch // ranks with drop_last give it. Each step is one list, the local ranks one after
-    the other, so len(local_ranks) * b pairs; the length is the steps of a whole epoch, whatever start_step is.
+    the other, so len(local_ranks) * b pairs. The length is that of a whole epoch in steps, whatever start_step is.
     """
 
     def __init__(self, num_samples: int, global_batch: int, ranks: int, local_ranks: range, seed: int) -> None:
         assert global_batch % ranks == 0 and 0 <= min(local_ranks) <= max(local_ranks) < ranks
         self.num_samples, self.ranks, self.local_ranks, self.seed = num_samples, ranks, local_ranks, seed
         self.rank_batch = global_batch // ranks
-        self.rank_samples = -(-num_samples // ranks)  # the last ones repeat the first, so that all ranks get as many
+        self.rank_samples = -(-num_samples // ranks)  # the first samples come again, so that no rank gets fewer
         self.epoch, self.start_step = 0, 0
         if len(self) == 0:
             raise ValueError(
@@ -48,7 +48,7 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         return self.rank_samples // self.rank_batch
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """Choose the epoch of the next iteration and, when resuming inside it, the first step that is left."""
+        """Choose the epoch of the next iteration and, when resuming inside it, the first step still to do."""
         self.epoch, self.start_step = epoch, start_step
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -71,8 +71,7 @@ class Loader(DataLoader):
         except ValueError as error:
             logger.debug("while loading: %s", error)
             paragraph = str(error).rpartition("\nValueError: ")[2].strip()
-            error.__traceback__ = None  # it keeps hold of the workers; so does _iterator: without both they end now
-            self._iterator = None
+            error.__traceback__ = self._iterator = None  # both hold on to the workers, which end without them
         if paragraph is not None:
             raise ValueError(paragraph)
 
@@ -106,7 +105,7 @@ def _common(workers: int, device: torch.device) -> dict[str, Any]:
 def recipe_sampler(
     cfg: RetrievalConfig, num_samples: int, seed: int, processes: int = 1, process: int = 0
 ) -> GlobalBatchSampler:
-    """The batches of `process`: of the ranks that a resolved config emulates, it plays as many as every other."""
+    """The batches of `process`, which plays an equal share of the ranks that the config emulates."""
     local = cfg.ranks_emulated // processes
     ranks = range(process * local, (process + 1) * local)
     return GlobalBatchSampler(num_samples, cfg.global_batch_size, cfg.ranks_emulated, ranks, seed)

@@ -43,8 +43,8 @@ class TrainSample(NamedTuple):
 class RetrievalTrain(Dataset):
     """Pairs (image, caption), one for each caption, addressed by (epoch, index).
 
-    The transform's randomness is a pure function of (seed, epoch, index): which worker, process or resumed run asks
-    for a sample does not matter. With `skip_bad_images`, a sample whose image cannot be read becomes the next one.
+    The transform's randomness is a pure function of (seed, epoch, index): it does not matter which worker, process or
+    resumed run asks for a sample. With `skip_bad_images`, the next sample replaces one whose image cannot be read.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class RetrievalTrain(Dataset):
 
 
 def transform_seeded(transform: Callable[[Image.Image], Tensor], picture: Image.Image, key: tuple[int, ...]) -> Tensor:
-    """`transform(picture)` with torch's CPU generator seeded from `key` and put back afterwards."""
+    """`transform(picture)` with torch's CPU generator seeded from `key` and restored afterwards."""
     state = torch.get_rng_state()
     try:
         # Not torch.manual_seed: with num_workers 0 that would also reset the GPU's generator, and dropout with it.

@@ -1,15 +1,14 @@
 """The embedded default data set `scenes`: two objects in a spatial relation, drawn from a seed, and their captions.
 
-Who is where decides what a caption means: every gallery consists of families of the same words in four arrangements
-(places, colours, sizes or direction exchanged). Training has families too, places and colours exchanged, each scene
-drawn several times, so that a family meets in a batch often enough to be mined as hard negatives.
+Who is where decides what a caption means: every gallery consists of families of scenes with the same words, which
+differ in places, colours, sizes or direction. Training has families too, with places and colours exchanged; each of its
+scenes is drawn several times, so that a family meets in a batch often enough to be mined as hard negatives.
 `python -m data.scenes --out DIR [--seed 0]` draws it; `load_annotations` does so on first use. It writes
-`images.zip` (PNG, stored: read as fast as 7,000 files, and kinder to a shared file system), `train.json`, `val.json`,
-`test.json` (layout of the Karpathy splits) and `stamp.json` (what was drawn, so that a change redraws).
+`images.zip` (PNG, stored: as fast to read as 7,000 files, and kinder to a shared file system), `train.json`,
+`val.json`, `test.json` (layout of the Karpathy splits) and `stamp.json` (what was drawn, so that a change redraws).
 """
 
 import argparse
-import contextlib
 import hashlib
 import io
 import itertools
@@ -18,26 +17,26 @@ import logging
 import math
 import os
 import tempfile
-import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image, ImageDraw
 
-from utils import file_lock
+from utils import Progress
 
 logger = logging.getLogger(__name__)
 
 VERSION = 4  # raise it when the drawing changes: folders drawn by an older version are drawn again
-SIDE = 60  # pixels: nine cells of 20; the objects lie on either side of the middle one
-JITTER = 2.0  # pixels that an object may lie off the centre of its cell, in x and in y
+SIDE = 60  # pixels: nine cells of 20; the objects lie on either side of the middle cell
+JITTER = 2.0  # pixels by which an object may be off the centre of its cell, in x and in y
 OVERSAMPLE = 4  # shapes are drawn this many times larger and averaged down, which smooths their edges
 TRAIN_IMAGES, VAL_IMAGES, TEST_IMAGES = 6000, 200, 500
 DRAWINGS = 24  # pictures of each training scene; they share its image_id, so none is another's negative
-FAMILY = 4  # scenes of a split that use the same words; in training fewer where that many do not differ
+FAMILY = 4  # scenes of a split that use the same words; in training fewer where exchanges give the same scene
 ARCHIVE, STAMP = "images.zip", "stamp.json"
 
 COLOURS = {
@@ -76,9 +75,14 @@ class Scene(NamedTuple):
 def random_scene(rng: np.random.Generator) -> Scene:
     """A scene whose two objects differ in colour or shape, so that every sentence about them is unambiguous."""
     while True:
-        first, second = (Thing(*(str(rng.choice(list(values))) for values in (RADII, COLOURS, SHAPES))) for _ in "ab")
-        if first[1:] != second[1:]:
+        first, second = random_thing(rng), random_thing(rng)
+        if (first.colour, first.shape) != (second.colour, second.shape):
             return Scene(str(rng.choice(list(AXES))), first, second)
+
+
+def random_thing(rng: np.random.Generator) -> Thing:
+    size, colour, shape = (str(rng.choice(list(words))) for words in (RADII, COLOURS, SHAPES))
+    return Thing(size, colour, shape)
 
 
 def arrangements(
@@ -86,21 +90,24 @@ def arrangements(
 ) -> list[Scene]:
     """The other scenes of the same sizes, colours and shapes: attributes exchanged, places exchanged, other axis."""
     _, a, b = scene
-    things = []
+    scenes = []
     for swap_size, swap_colour in itertools.product(swap_sizes, (False, True)):
-        size, colour = (a.size, b.size)[:: -1 if swap_size else 1], (a.colour, b.colour)[:: -1 if swap_colour else 1]
-        things.append(tuple(Thing(*words) for words in zip(size, colour, (a.shape, b.shape), strict=True)))
-    scenes = [Scene(axis, *pair[::order]) for pair in things for order in (1, -1) for axis in axes]
-    return [other for other in dict.fromkeys(scenes) if other != scene]
+        a_size, b_size = (b.size, a.size) if swap_size else (a.size, b.size)
+        a_colour, b_colour = (b.colour, a.colour) if swap_colour else (a.colour, b.colour)
+        new_a, new_b = Thing(a_size, a_colour, a.shape), Thing(b_size, b_colour, b.shape)
+        scenes += [Scene(axis, new_a, new_b) for axis in axes]
+        scenes += [Scene(axis, new_b, new_a) for axis in axes]
+    different = dict.fromkeys(scenes)  # in this order, each once
+    return [other for other in different if other != scene]
 
 
 def exchanges(scene: Scene) -> list[Scene]:
-    """The arrangements, up to three, that exchange only places, colours or both."""
+    """The arrangements, at most three, that exchange only places, colours or both."""
     return arrangements(scene, axes=(scene.axis,), swap_sizes=(False,))
 
 
 def choose_scenes(split: str, count: int, used: set[Scene], rng: np.random.Generator) -> list[Scene]:
-    """`count` different scenes not in `used` (which grows by them).
+    """`count` different scenes, shuffled, none of them in `used`, to which they are added.
 
     They come in families of the same words: places and colours exchanged in `train`, any arrangement in a gallery.
     """
@@ -108,21 +115,23 @@ def choose_scenes(split: str, count: int, used: set[Scene], rng: np.random.Gener
     while len(chosen) < count:
         scene = random_scene(rng)
         others = exchanges(scene) if split == "train" else arrangements(scene)
-        group = [scene, *(others[i] for i in rng.permutation(len(others))[: min(FAMILY, count - len(chosen)) - 1])]
-        if used.isdisjoint(group):
-            used.update(group)
-            chosen += group
+        shuffled = [others[i] for i in rng.permutation(len(others))]
+        size = min(FAMILY, count - len(chosen))  # the last family may be cut short
+        family = [scene, *shuffled[: size - 1]]
+        if used.isdisjoint(family):
+            used.update(family)
+            chosen += family
     return [chosen[i] for i in rng.permutation(count)]
 
 
 def captions_of(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """Three sentences: from the first object, mirrored from the second, and by their places, in either order."""
+    """Three sentences: seen from the first object, from the second, and by their places, in either order."""
     axis, a, b = scene
-    towards, back = AXES[axis]
-    here, there = PLACES[axis]
-    parts = [f"{a} {here}", f"{b} {there}"]
-    third = " and ".join(parts if rng.random() < 0.5 else parts[::-1])
-    return [f"{a} {towards} {b}", f"{b} {back} {a}", f"there is {third}"]
+    forth, back = AXES[axis]
+    place_a, place_b = PLACES[axis]
+    one, other = f"{a} {place_a}", f"{b} {place_b}"
+    places = f"{one} and {other}" if rng.random() < 0.5 else f"{other} and {one}"
+    return [f"{a} {forth} {b}", f"{b} {back} {a}", f"there is {places}"]
 
 
 # ---------------------------------------------------------------- pictures
@@ -154,11 +163,10 @@ def polygon(shape: str, tilt: float) -> list[tuple[float, float]]:
     elif shape == "triangle":
         corners = [(0.0, -1.1), (1.1, 0.85), (-1.1, 0.85)]
     elif shape == "star":
-        corners = [
-            (r * math.sin(k * math.pi / 5), -r * math.cos(k * math.pi / 5)) for k, r in enumerate([1.25, 0.52] * 5)
-        ]
-    else:
-        w, r = 0.36, 1.08  # one arm, then the same turned by 90 degrees three times
+        radii = [1.25, 0.52] * 5  # outer and inner corners in turn
+        corners = [(r * math.sin(k * math.pi / 5), -r * math.cos(k * math.pi / 5)) for k, r in enumerate(radii)]
+    else:  # a cross: one arm, then the same turned by 90 degrees three times
+        w, r = 0.36, 1.08
         corners, arm = [], [(-w, -w), (-w, -r), (w, -r)]
         for _ in range(4):
             corners += arm
@@ -222,12 +230,12 @@ def ensure_scenes(root: Path, seed: int = 0) -> Path:
     root = Path(root)
     if _stamp_in(root) == stamp_of(seed):
         return root
-    with one_process_at_a_time(root):
+    with _lock_of(root):
         if _stamp_in(root) == stamp_of(seed):  # another process drew it while this one waited
             return root
         if root.is_file() or (root.is_dir() and _stamp_in(root) is None and any(root.iterdir())):
             raise ValueError(
-                f"{root} is to hold the drawn data set `scenes`, but it holds something else (there is no {STAMP}): "
+                f"the data set `scenes` would be drawn into {root}, but it holds something else (there is no {STAMP}): "
                 "name an empty or a new folder (ann_root in the config, or --out)"
             )
         try:
@@ -245,52 +253,53 @@ def ensure_scenes(root: Path, seed: int = 0) -> Path:
 def _write(folder: Path, seed: int) -> None:
     """Draw the three splits into a new folder."""
     folder.mkdir()
-    stamp, used, started, done = stamp_of(seed), set(), time.time(), 0
+    stamp, used = stamp_of(seed), set()
     total = sum(stamp["images"].values())
     logger.info("drawing the data set `scenes`: %d pictures of %d x %d pixels", total, SIDE, SIDE)
+    progress = Progress("drawing", total, "pictures")
     with zipfile.ZipFile(folder / ARCHIVE, "w", zipfile.ZIP_STORED) as archive:
         for number, split in enumerate(("test", "val", "train")):  # test first: it stays when TRAIN_IMAGES changes
-            rng, rows = np.random.default_rng([seed, number]), []
-            images = stamp["images"][split]
-            scenes = choose_scenes(split, -(-images // DRAWINGS) if split == "train" else images, used, rng)
-            for i in range(images):
-                scene_id = i % len(scenes)  # i itself but for training, whose scenes are drawn several times
-                scene = scenes[scene_id]
+            count = stamp["images"][split]
+            different = math.ceil(count / DRAWINGS) if split == "train" else count
+            scenes = choose_scenes(split, different, used, np.random.default_rng([seed, number]))
+            rows = []
+            for i in range(count):
+                scene_id = i % different  # the scenes in turn, those of training several times
                 rng = np.random.default_rng([seed, number, i])
-                name, captions, png = f"{split}/{i:05d}.png", captions_of(scene, rng), io.BytesIO()
-                draw_scene(scene, rng).save(png, "PNG", compress_level=1)
-                archive.writestr(zipfile.ZipInfo(name), png.getvalue())
+                name, captions = f"{split}/{i:05d}.png", captions_of(scenes[scene_id], rng)
+                _add_picture(archive, name, draw_scene(scenes[scene_id], rng))
                 if split == "train":
                     rows += [{"image": name, "caption": caption, "image_id": scene_id} for caption in captions]
                 else:
                     rows.append({"image": name, "caption": captions})
-                done += 1
-                if done % 1000 == 0:
-                    logger.info("  %d of %d pictures, %.0f s", done, total, time.time() - started)
+                progress.add(1)
             lines = ",\n".join(json.dumps(row) for row in rows)
             (folder / f"{split}.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     (folder / STAMP).write_text(json.dumps(stamp), encoding="utf-8")
 
 
+def _add_picture(archive: zipfile.ZipFile, name: str, picture: Image.Image) -> None:
+    png = io.BytesIO()
+    picture.save(png, "PNG", compress_level=1)
+    archive.writestr(zipfile.ZipInfo(name), png.getvalue())  # a ZipInfo of its own, as it carries no time of writing
+
+
 def _stamp_in(root: Path) -> dict | None:
-    """What the folder was drawn from; None when it is no such folder."""
+    """What the folder was drawn from; None if it is not such a folder."""
     try:
         return json.loads((root / STAMP).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 
 
-@contextlib.contextmanager
-def one_process_at_a_time(path: Path) -> Iterator[None]:
-    """Hold the lock that goes with a path, against the other ranks and runs of this user on this machine.
+def _lock_of(root: Path) -> FileLock:
+    """The lock of a folder, against the other ranks and runs of this user on this machine; it ends with its process.
 
-    The lock file lies in the system's folder for temporary files and stays there (removing it would let a third process
-    lock a new one while a second still waits on the old); the lock itself ends with the process, so none is left over.
+    It lies among the temporary files and stays there: the folder itself may not exist yet, and is replaced as a whole.
     """
-    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
+    name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
     user = os.getuid() if hasattr(os, "getuid") else 0
-    with file_lock(Path(tempfile.gettempdir()) / f"blip-retrieval-{user}-{name}.lock"):
-        yield
+    return FileLock(Path(tempfile.gettempdir()) / f"blip-retrieval-{user}-{name}.lock")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 from ruamel.yaml import YAML
 
+from checkpoints import download
 from configs.sizes import MedConfig
 from models.blip_retrieval import BLIP_Retrieval
+from tests.local_server import serving
 
 WORDS = "a red blue green dog cat man woman on under near with table street ball the small large two running".split()
 
@@ -22,6 +24,14 @@ WORDS = "a red blue green dog cat man woman on under near with table street ball
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server on this machine; downloads try again without a pause."""
+    monkeypatch.setattr(download, "PAUSE_SECONDS", 0)
+    with serving() as server:
+        yield server
 
 
 def tiny_med(**overrides) -> MedConfig:

@@ -1,19 +1,22 @@
 """Annotation files: BLIP's ids, every format, errors that name file, row and key, downloads that leave nothing half."""
 
-import io
 import json
 import logging
-import types
+import socket
 from urllib.error import URLError
 
 import numpy as np
 import pytest
 
-from configs.schema import RetrievalConfig
+from checkpoints import download
+from configs.datasets import ANNOTATIONS_URL, DATASETS, SPLITS, DatasetInfo
+from configs.schema import RetrievalConfig, load_config
 from data import annotations as module
 from data import scenes
-from data.annotations import build_annotations, download, load_annotations, read_rows, split_rows
-from data.images import open_store, require_images
+from data.annotations import available_splits, build_annotations, load_annotations, split_rows
+from data.images import missing_message, open_store
+from data.rows import read_rows
+from tests.local_server import Handler, html_reply
 
 
 def write(path, rows):
@@ -181,7 +184,7 @@ def test_custom_files_are_read_as_they_are(tmp_path):
 def test_missing_splits_are_cut_off_by_image_and_said(tmp_path, caplog, count, size):
     write(tmp_path / "train.json", rows_of(count))
     with caplog.at_level(logging.INFO):
-        parts = {split: load_annotations(custom(tmp_path, train_file="train.json"), split) for split in module.SPLITS}
+        parts = {split: load_annotations(custom(tmp_path, train_file="train.json"), split) for split in SPLITS}
     assert f"{count - 2 * size} train, {size} test, {size} val" in caplog.text and "train.json" in caplog.text
     images = [image for part in parts.values() for image in part.images]
     assert len(images) == len(set(images)) == count
@@ -196,7 +199,7 @@ def test_missing_splits_are_cut_off_by_image_and_said(tmp_path, caplog, count, s
 def test_splits_keep_an_image_id_together(tmp_path):
     rows = [{"image": f"{i}.jpg", "caption": "x", "image_id": i // 4} for i in range(80)]
     file = write(tmp_path / "train.json", rows)
-    parts = split_rows(file, read_rows(file), ["test", "val"], 0)
+    parts = split_rows(file, read_rows(file), ["test", "val"])
     ids = [{row.image_id for row in part} for part in parts.values()]
     assert [len(part) for part in ids] == [16, 2, 2]
     assert len(set.union(*ids)) == 20
@@ -216,9 +219,9 @@ def test_impossible_splits_are_refused(tmp_path):
 def test_emoji_is_shipped_whole():
     cfg = RetrievalConfig(dataset="emoji", ann_root="data/emoji", image_root="data/emoji/images.zip")
     sizes = {}
-    for split in module.SPLITS:
+    for split in SPLITS:
         table = load_annotations(cfg, split)
-        require_images(open_store(cfg), table.images)
+        assert missing_message(open_store(cfg), table.images) == ""
         sizes[split] = len(table.images), len(set(table.image_ids.tolist())), len(table.captions)
     assert sizes == {"train": (5997, 1612, 15470), "val": (359, 359, 926), "test": (700, 700, 1744)}
 
@@ -233,77 +236,153 @@ def test_scenes_are_drawn_on_first_use(tmp_path, monkeypatch):
         12,
         [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3,
     )
-    require_images(open_store(cfg), train.images + test.images)
+    assert missing_message(open_store(cfg), train.images + test.images) == ""
 
 
 def test_unknown_data_set():
-    with pytest.raises(ValueError, match="dataset 'imagenet' is unknown: set dataset to one of coco, "):
-        load_annotations(types.SimpleNamespace(dataset="imagenet", ann_root=""), "train")
+    with pytest.raises(ValueError, match="dataset must be one of coco, flickr, .*, got 'imagenet'"):
+        RetrievalConfig(dataset="imagenet")
+
+
+def test_a_data_set_is_one_entry_of_the_table_and_a_yaml_file(tmp_path, monkeypatch):
+    (tmp_path / "birds.yaml").write_text(f"dataset: birds\nimage_root: {tmp_path}\nann_root: {tmp_path}\n")
+    with pytest.raises(ValueError, match="dataset must be one of coco, .*, got 'birds'"):
+        load_config(tmp_path / "birds.yaml")
+    monkeypatch.setitem(DATASETS, "birds", DatasetInfo(files="birds_{}.json"))
+    cfg = load_config(tmp_path / "birds.yaml")
+    assert available_splits(cfg) == list(SPLITS)
+    for count, split in enumerate(SPLITS, 1):
+        write(tmp_path / f"birds_{split}.json", rows_of(count))
+        table = load_annotations(cfg, split)
+        assert (table.name, len(table.images), len(table.captions)) == (f"birds {split}", count, 2 * count)
+    with pytest.raises(ValueError, match="would be ignored, as dataset 'birds' names its own files"):
+        load_config(tmp_path / "birds.yaml", ["train_file=a.json"])
+    with pytest.raises(ValueError, match="must be one of coco, .*, birds, got 'bird', did you mean 'birds'?"):
+        load_config(tmp_path / "birds.yaml", ["dataset=bird"])
 
 
 # ---------------------------------------------------------------- downloads
 
-
-class Answer(io.BytesIO):
-    """What urlopen returns; breaks off after its bytes if told so."""
-
-    def __init__(self, data: bytes, length: int | None = None, error: BaseException | None = None) -> None:
-        super().__init__(data)
-        self.headers = {} if length is None else {"Content-Length": str(length)}
-        self.error = error
-
-    def read(self, *size):
-        data = super().read(*size)
-        if not data and self.error:
-            raise self.error
-        return data
+FLICKR_VAL = json.dumps([GOOD]).encode()
 
 
-def answer_with(monkeypatch, answer):
-    asked = []
-
-    def urlopen(url, timeout):
-        asked.append(url)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    monkeypatch.setattr(module, "urlopen", urlopen)
-    return asked
+@pytest.fixture
+def annotation_server(server, monkeypatch):
+    """Stands in for the address of BLIP's annotation files."""
+    assert ANNOTATIONS_URL == "https://storage.googleapis.com/sfr-vision-language-research/datasets/"
+    monkeypatch.setattr(module, "ANNOTATIONS_URL", server.folder)
+    server.content = FLICKR_VAL
+    return server
 
 
-def test_an_absent_file_is_downloaded_once(tmp_path, monkeypatch):
-    data = json.dumps([GOOD]).encode()
-    asked = answer_with(monkeypatch, Answer(data, len(data)))
-    cfg = RetrievalConfig(dataset="flickr", ann_root=str(tmp_path / "new" / "annotation"))
+def names(folder) -> list[str]:
+    """Files of a folder but for locks, which stay."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
+
+
+def test_an_absent_file_is_downloaded_once(annotation_server, tmp_path):
+    folder = tmp_path / "new" / "annotation"
+    cfg = RetrievalConfig(dataset="flickr", ann_root=str(folder))
     assert load_annotations(cfg, "val").images == load_annotations(cfg, "val").images == ["a.jpg"]
-    assert asked == [module.URL + "flickr30k_val.json"]
-    assert [path.name for path in (tmp_path / "new" / "annotation").iterdir()] == ["flickr30k_val.json"]
+    assert annotation_server.paths == ["/files/flickr30k_val.json"]
+    assert names(folder) == ["flickr30k_val.json"]
+    (folder / "flickr30k_val.json.lock").unlink()
+    assert load_annotations(cfg, "val").images == ["a.jpg"]
+    assert [path.name for path in folder.iterdir()] == ["flickr30k_val.json"]  # a file that is there needs no lock
 
 
-BREAKS = {
-    "offline": (URLError("Temporary failure in name resolution"), "Temporary failure in name resolution"),
-    "time-out": (TimeoutError("timed out"), "timed out"),
-    "cut": (Answer(b"[{", 100), "stopped after 2 of 100 bytes"),
-    "reset": (Answer(b"[{", None, ConnectionResetError("reset by peer")), "reset by peer"),
-    "portal": (Answer(b"<html>please log in</html>"), "log-in page"),
+def offline(server, patch):
+    patch.setattr(download.time, "sleep", None)  # is not called: the message comes at once
+    unreachable(patch, URLError(socket.gaierror(-3, "Temporary failure in name resolution")))
+
+
+def time_out(server, patch):
+    unreachable(patch, TimeoutError("timed out"))
+
+
+def unreachable(patch, error):
+    def urlopen(request, timeout):
+        raise error
+
+    patch.setattr(download.urllib.request, "urlopen", urlopen)
+
+
+def cut(server, patch):
+    patch.setattr(download, "ATTEMPTS", 1)
+    server.cuts = [2]
+
+
+def broken_after_two_bytes(patch, error):
+    def copy(answer, file, length, name):
+        file.write(answer.read(2))
+        raise error
+
+    patch.setattr(download, "ATTEMPTS", 1)
+    patch.setattr(download, "_copy", copy)
+
+
+def reset(server, patch):
+    broken_after_two_bytes(patch, ConnectionResetError("reset by peer"))
+
+
+def portal(server, patch):
+    server.content = b"<html>please log in</html>"
+
+
+def web_page(server, patch):
+    server.answer = 200, b"<html>please log in</html>"
+    patch.setattr(Handler, "reply", html_reply)
+
+
+def gone(server, patch):
+    server.answer = 404, b""
+
+
+def no_room(server, patch):
+    patch.setattr(download.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1})())
+
+
+BREAKS = {  # what happens, what is said, what is kept for the next attempt
+    "offline": (offline, "Temporary failure in name resolution", []),
+    "time-out": (time_out, "timed out", []),
+    "cut": (cut, "; 2 bytes are kept in ", [".part", ".part.etag"]),
+    "reset": (reset, "reset by peer", [".part", ".part.etag"]),
+    "portal": (portal, "log-in page", []),
+    "web page": (web_page, "a web page, not a file", []),
+    "gone": (gone, "answer 404 Not Found", []),
+    "no room": (no_room, "make room", []),
 }
 
 
-@pytest.mark.parametrize(("answer", "said"), BREAKS.values(), ids=BREAKS.keys())
-def test_a_failed_download_leaves_nothing_and_says_what_to_do(tmp_path, monkeypatch, answer, said):
-    answer_with(monkeypatch, answer)
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_failed_download_leaves_no_file_and_says_what_to_do(annotation_server, tmp_path, monkeypatch, name):
+    happens, said, kept = BREAKS[name]
+    happens(annotation_server, monkeypatch)
     with pytest.raises(ValueError) as error:
         load_annotations(RetrievalConfig(dataset="coco", ann_root=str(tmp_path)), "test")
     text, target = str(error.value), tmp_path / "coco_karpathy_test.json"
     assert said in text and "\n" not in text
+    assert f"{target} is missing and could not be downloaded from {annotation_server.folder}{target.name} (" in text
     assert f"fetch that address on a machine with network and put the file at {target}" in text
-    assert "https://storage.googleapis.com/sfr-vision-language-research/datasets/coco_karpathy_test.json" in text
-    assert list(tmp_path.iterdir()) == []
+    assert f"`python -m data.prepare convert dataset_coco.json {tmp_path}`" in text
+    assert text.endswith("or set ann_root to the folder that has it") and "cache" not in text
+    assert names(tmp_path) == [target.name + suffix for suffix in kept]
 
 
-def test_an_interrupted_download_leaves_nothing(tmp_path, monkeypatch):
-    answer_with(monkeypatch, Answer(b'[{"image"', None, KeyboardInterrupt()))
-    with pytest.raises(KeyboardInterrupt):
-        download(module.URL + "x.json", tmp_path / "x.json")
-    assert list(tmp_path.iterdir()) == []
+def test_a_folder_that_cannot_be_written_says_what_to_do(annotation_server, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="Not a directory.*: fetch that address on a machine with network"):
+        load_annotations(RetrievalConfig(dataset="coco", ann_root=str(tmp_path / "file" / "below")), "test")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ConnectionResetError("reset by peer")])
+def test_an_interrupted_download_is_continued_by_the_next_run(annotation_server, tmp_path, monkeypatch, error):
+    cfg = RetrievalConfig(dataset="flickr", ann_root=str(tmp_path))
+    with monkeypatch.context() as patch:
+        broken_after_two_bytes(patch, error)
+        with pytest.raises((KeyboardInterrupt, ValueError)):
+            load_annotations(cfg, "val")
+    assert not (tmp_path / "flickr30k_val.json").exists()
+    assert load_annotations(cfg, "val").images == ["a.jpg"]
+    assert [request.get("Range") for request in annotation_server.requests] == [None, "bytes=2-"]
+    assert names(tmp_path) == ["flickr30k_val.json"]

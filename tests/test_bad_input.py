@@ -255,7 +255,7 @@ BAD = {
     "no image_root": (options("image_root=/nowhere/images"), ["image_root /nowhere/images"]),
     "empty image_root": (options("image_root="), ["image_root is empty"]),
     "missing image": (image(None), ["1 of 12", "train_3.png"]),
-    "no image": (image(b"not a picture"), ["train_3.png", "no image"]),
+    "no image": (image(b"not a picture"), ["train_3.png", "not an image"]),
     "empty image": (image(b""), ["train_3.png"]),
     "cut image": (image(jpeg()[:900]), ["train_3.png", "truncated"]),
     "folder as image": (folder_as_image, ["train_3.png", "directory"]),

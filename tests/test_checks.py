@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from configs.schema import load_config
+from configs.schema import RetrievalConfig, load_config
 from data import checks
 from data.annotations import Annotations
 from models.blip_retrieval import build_model
@@ -147,7 +147,8 @@ def test_room_for_checkpoints(tmp_path, monkeypatch):
     ([0] * 7 + [1], False, True),
 ])  # fmt: skip
 def test_a_pool_of_one_image_is_found_before_the_first_step(ids, everywhere, fails):
-    cfg = SimpleNamespace(global_batch_size=8, ranks_emulated=2, negative_all_rank=everywhere, max_epoch=2)
+    sizes = {"global_batch_size": 8, "ranks_emulated": 2, "max_epoch": 2}
+    cfg = RetrievalConfig(dataset="coco", negative_all_rank=everywhere, **sizes)
     if fails:
         with pytest.raises(ValueError, match="epoch 0, step 0 all [48] samples .* show the same image"):
             require_negatives(cfg, table(ids), seed=0)

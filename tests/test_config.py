@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from configs.datasets import DATASETS
 from configs.schema import RetrievalConfig, load_config, resolve, save_config
 
 ROOT = Path(__file__).parent.parent
@@ -260,6 +261,10 @@ def test_resolve_refuses_a_batch_that_the_processes_cannot_share(values, world_s
 
 
 # --- the shipped files
+
+
+def test_every_data_set_has_a_config_to_start_from():
+    assert {load_config(path).dataset for path in SHIPPED} == set(DATASETS)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -1,9 +1,10 @@
 """Downloads against a server on 127.0.0.1: interrupted and resumed, wrong answers, several processes at once."""
 
 import hashlib
-import http.server
+import logging
 import multiprocessing
-import threading
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,53 +13,9 @@ import torch
 from checkpoints import download
 from checkpoints.download import cache_folder, local_path
 from checkpoints.weights import DamagedFile, read_weights
+from tests.local_server import CONTENT, Handler, html_reply
 
-CONTENT = bytes(range(256)) * 2000  # 512 kB
 fork = multiprocessing.get_context("fork")
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves `server.content` with Range and ETag; `server.cuts` are bytes after which connections break."""
-
-    def do_GET(self):
-        server = self.server
-        server.requests.append(dict(self.headers))
-        if server.answer:
-            return self.reply(*server.answer)
-        start = int(self.headers.get("Range", "bytes=0-")[6:-1])
-        if start and self.headers.get("If-Range", server.etag) != server.etag:
-            start = 0
-        total = len(server.content)
-        if start and start >= total:
-            return self.reply(416, b"", **{"Content-Range": f"bytes */{total}"})
-        body = server.content[start:]
-        ranged = {"Content-Range": f"bytes {start}-{total - 1}/{total}"} if start and server.ranges else {}
-        body = body if ranged else server.content
-        self.reply(206 if ranged else 200, body, server.cuts.pop(0) if server.cuts else None, **ranged)
-
-    def reply(self, status, body, cut=None, **headers):
-        self.send_response(status)
-        headers = {"Content-Type": "application/octet-stream", "Content-Length": str(len(body)),
-                   "ETag": self.server.etag, **headers}  # fmt: skip
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body[:cut])
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setattr(download, "PAUSE_SECONDS", 0)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.content, server.etag, server.ranges, server.answer = CONTENT, '"one"', True, None
-        server.requests, server.cuts = [], []
-        server.url = f"http://127.0.0.1:{server.server_port}/files/model.pth?token=1"
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.shutdown()
 
 
 def names(folder: Path) -> list[str]:
@@ -125,13 +82,6 @@ def test_wrong_answers_leave_no_file(server, tmp_path, monkeypatch, answer, word
     assert [name for name in names(tmp_path) if not name.endswith(".lock")] == [] and len(server.requests) == 1
 
 
-def html_reply(self, status, body, cut=None):
-    self.send_response(status)
-    self.send_header("Content-Type", "text/html; charset=utf-8")
-    self.end_headers()
-    self.wfile.write(body)
-
-
 def test_web_page_sent_as_a_file_is_found_when_it_is_read(server, tmp_path):
     server.content = b"<!doctype html><title>quota exceeded</title>"
     with pytest.raises(DamagedFile, match="a web page"):
@@ -140,8 +90,9 @@ def test_web_page_sent_as_a_file_is_found_when_it_is_read(server, tmp_path):
 
 def test_server_errors_are_tried_again(server, tmp_path):
     server.answer = (503, b"")
-    with pytest.raises(ValueError, match="503.*0 bytes are kept"):
+    with pytest.raises(ValueError, match="cannot be downloaded .*503") as error:
         local_path(server.url, str(tmp_path))
+    assert "kept" not in str(error.value) and not list(tmp_path.glob("*.part"))
     assert len(server.requests) == download.ATTEMPTS
 
 
@@ -173,6 +124,43 @@ def test_processes_at_once_download_once(server, tmp_path):
     for process in processes:
         process.join(60)
     assert [found.get() for _ in processes] == [True] * 3 and len(server.requests) == 1
+
+
+def test_waiting_is_said_and_ends_when_the_holder_dies(server, tmp_path, caplog):
+    path, locked = tmp_path / "a.json", fork.Event()
+
+    def holder():
+        with download._turn(path):
+            locked.set()
+            signal.pause()
+
+    process = fork.Process(target=holder)
+    process.start()
+    assert locked.wait(30)
+
+    class Kill(logging.Handler):
+        def emit(self, record):
+            os.kill(process.pid, signal.SIGKILL)
+
+    download.log.addHandler(kill := Kill())
+    try:
+        with caplog.at_level(logging.INFO):
+            download.fetch_to(server.url, path)
+    finally:
+        download.log.removeHandler(kill)
+        process.join(30)
+    assert caplog.messages[0] == "another process is downloading a.json: waiting"
+    assert path.read_bytes() == CONTENT and process.exitcode == -signal.SIGKILL
+
+
+def test_a_file_that_fails_its_check_is_not_kept(server, tmp_path):
+    def refuse(part):
+        assert part.read_bytes() == CONTENT
+        raise ValueError("not what was wanted")
+
+    with pytest.raises(ValueError, match="not what was wanted"):
+        download.fetch_to(server.url, tmp_path / "a.json", refuse)
+    assert names(tmp_path) == ["a.json.lock"]
 
 
 def test_sha256_beside_the_file_is_compared(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.images import ImageStore, require_images
+from data.images import ImageStore, missing_message
 from utils import REPOSITORY, find_path
 
 
@@ -135,7 +135,11 @@ def test_damaged_archive_members_and_archives(folder, archive, tmp_path):
 
 
 def test_missing_root_names_image_root(tmp_path):
-    cases = [("", "image_root is empty"), (tmp_path / "no", "no folder"), (tmp_path / "no.zip", "no archive")]
+    cases = [
+        ("", "image_root is empty"),
+        (tmp_path / "no", "is neither a folder nor a .zip"),
+        (tmp_path / "no.zip", "is not an archive"),
+    ]
     for root, said in cases:
         with pytest.raises(ValueError, match="image_root") as error:
             ImageStore(root)
@@ -147,13 +151,16 @@ def test_missing_images_are_counted(folder, archive, tmp_path):
     for root in (folder, archive):
         store = ImageStore(root)
         assert store.missing(names) == ["gone.png", "sub/c.jpg", "other/d.jpg"]
-        require_images(store, NAMES)
-        with pytest.raises(ValueError, match="3 of 5 images are missing under image_root .*, the first is gone.png"):
-            require_images(store, names)
+        assert missing_message(store, NAMES) == ""
+        message = missing_message(store, names)
+        assert f"3 of 5 images are missing under image_root {root}, the first is gone.png" in message
+        message = missing_message(store, ["sub/b.jpg", "sub/c.jpg"], "sub", "unpack sub.zip")
+        assert message.startswith("1 of 2 images of sub are missing under ")
+        assert "the first is sub/c.jpg: unpack sub.zip, or " in message
     with zipfile.ZipFile(tmp_path / "deeper.zip", "w") as file:
         file.write(folder / "a.png", "flickr/images/a.png")
-    with pytest.raises(ValueError, match="it holds flickr/images/a.png, so pack it again without the leading flickr"):
-        require_images(ImageStore(tmp_path / "deeper.zip"), ["a.png"])
+    message = missing_message(ImageStore(tmp_path / "deeper.zip"), ["a.png"])
+    assert "it holds flickr/images/a.png, so pack it again without the leading flickr/images/" in message
 
 
 def test_archive_survives_fork_and_pickle(archive):

@@ -1,7 +1,7 @@
 """The order of samples is DistributedSampler's; pixels depend on (seed, epoch, index) and on nothing else."""
 
 import json
-import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,10 +32,6 @@ def cfg(tmp_path):
         dataset="custom", image_root=str(tmp_path), ann_root=str(tmp_path), image_size=16, num_workers=0,
         batch_size_train=4, batch_size_test=3, **files,
     )  # fmt: skip
-
-
-def with_(cfg, **changes):
-    return types.SimpleNamespace(**{**vars(cfg), **changes})
 
 
 def sampler(local_ranks=range(2), seed=3):
@@ -123,8 +119,8 @@ def test_pixels_do_not_depend_on_workers_ranks_or_resuming(cfg):
     torch.manual_seed(0)
     reference = batches(cfg, epoch=1)
     torch.manual_seed(1)
-    assert same(batches(with_(cfg, num_workers=1), epoch=1), reference)
-    assert same(batches(with_(cfg, num_workers=2), epoch=1), reference)
+    assert same(batches(replace(cfg, num_workers=1), epoch=1), reference)
+    assert same(batches(replace(cfg, num_workers=2), epoch=1), reference)
     assert same(batches(cfg, epoch=1, start_step=1), reference[1:])
     for rank in range(2):
         half = batches(cfg, epoch=1, local_ranks=range(rank, rank + 1))
@@ -145,7 +141,7 @@ def test_pixels_change_with_epoch_and_seed(cfg):
     assert not torch.equal(pixels(0, 1, 4), first)
     assert not torch.equal(pixels(1, 0, 4), first)
     assert not torch.equal(pixels(0, 0, 5), first)  # the other caption of the same picture
-    plain = train_loader(with_(cfg, augment=False), table, sampler(), CPU).dataset
+    plain = train_loader(replace(cfg, augment=False), table, sampler(), CPU).dataset
     assert torch.equal(plain[0, 4].image, plain[1, 5].image)
 
 
@@ -154,13 +150,13 @@ def test_loading_leaves_the_global_generator_alone(cfg, workers):
     """Else dropout, and with it the run, would depend on the number of workers."""
     torch.manual_seed(4)
     before = torch.get_rng_state()
-    batches(with_(cfg, num_workers=workers))
+    batches(replace(cfg, num_workers=workers))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_two_epochs_of_one_loader_with_lasting_workers(cfg):
     order = sampler()
-    loader = train_loader(with_(cfg, num_workers=1), load_annotations(cfg, "train"), order, CPU)
+    loader = train_loader(replace(cfg, num_workers=1), load_annotations(cfg, "train"), order, CPU)
     for epoch in (0, 1):
         order.set_epoch(epoch)
         assert same(list(loader), batches(cfg, epoch=epoch))
@@ -170,9 +166,9 @@ def test_two_epochs_of_one_loader_with_lasting_workers(cfg):
 def test_a_broken_image_stops_or_is_skipped(cfg, tmp_path, workers, caplog):
     (tmp_path / "2.png").write_bytes(b"broken")
     with pytest.raises(ValueError, match="^image 2.png in .* cannot be read") as error:
-        batches(with_(cfg, num_workers=workers))
+        batches(replace(cfg, num_workers=workers))
     assert "\n" not in str(error.value)
-    found = batches(with_(cfg, num_workers=workers, on_bad_image="skip"))
+    found = batches(replace(cfg, num_workers=workers, on_bad_image="skip"))
     names = [name for batch in found for name in batch.names]
     assert len(names) == 12 and "2.png" not in names
     if workers == 0:
@@ -180,7 +176,7 @@ def test_a_broken_image_stops_or_is_skipped(cfg, tmp_path, workers, caplog):
     for i in range(7):
         (tmp_path / f"{i}.png").write_bytes(b"broken")
     with pytest.raises(ValueError, match="none of the images of custom train can be read"):
-        batches(with_(cfg, num_workers=workers, on_bad_image="skip"))
+        batches(replace(cfg, num_workers=workers, on_bad_image="skip"))
 
 
 # ---------------------------------------------------------------- evaluation
@@ -189,7 +185,7 @@ def test_a_broken_image_stops_or_is_skipped(cfg, tmp_path, workers, caplog):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_images_come_in_order(cfg, workers):
     table = load_annotations(cfg, "test")
-    cfg = with_(cfg, num_workers=workers)
+    cfg = replace(cfg, num_workers=workers)
     whole = list(eval_image_loader(cfg, table, range(7), CPU))
     assert [len(batch) for batch in whole] == [3, 3, 1] and whole[0].shape[1:] == (3, 16, 16)
     part = torch.cat(list(eval_image_loader(cfg, table, [5, 1], CPU)))
@@ -201,4 +197,4 @@ def test_broken_evaluation_image_is_named(cfg, tmp_path):
     (tmp_path / "6.png").write_bytes(b"")
     for workers in (0, 1):
         with pytest.raises(ValueError, match="^image 6.png in .* cannot be read"):
-            list(eval_image_loader(with_(cfg, num_workers=workers), load_annotations(cfg, "test"), range(7), CPU))
+            list(eval_image_loader(replace(cfg, num_workers=workers), load_annotations(cfg, "test"), range(7), CPU))

@@ -80,7 +80,7 @@ def test_the_walk_through(mine, capsys):
     (printed,) = re.findall(r"```\n(datasets/mine.*?)```", PAGE, re.DOTALL)
     for line in printed.splitlines():
         assert line == "..." or line in out + err
-    assert "split by image with seed 0, for want of a file for test and val: 6 train, 2 test, 2 val" in err
+    assert "split by image with seed 0, as there is no file for test or val: 6 train, 2 test, 2 val" in err
     assert "custom train: 6 images, 12 captions, 6 ids (datasets/mine/train.json)" in out
     assert "2 steps an epoch of 6 pairs, 4 steps in all" in out and out.endswith("all good\n")
     assert not Path("output").exists()

@@ -1,13 +1,20 @@
-"""Karpathy's files become the ones used here; a layout is checked, and what is missing is named with its source."""
+"""Karpathy's files become the ones used here; `--check` compares them, and names what is missing with its source."""
 
 import json
+from dataclasses import replace
+from urllib.error import URLError
 
 import pytest
 from PIL import Image
+from ruamel.yaml import YAML
 
-from configs.schema import RetrievalConfig
+import train_retrieval
+from checkpoints import download
+from configs.datasets import DATASETS
+from configs.schema import RetrievalConfig, load_config
 from data import prepare
 from data.annotations import load_annotations
+from data.checks import check_data
 
 
 def coco_entry(number: int, split: str, captions: int = 5) -> dict:
@@ -79,6 +86,7 @@ BAD = {
     "not JSON": ("[{", "not valid JSON"),
     "a list": ([1], "not one of Karpathy's files"),
     "other data set": ({"dataset": "flickr8k", "images": []}, "'flickr8k', not coco or flickr30k"),
+    "data set a list": ({"dataset": ["coco"], "images": []}, "not coco or flickr30k"),
     "no file name": (without("filename"), "image 4 lacks.*'filename'"),
     "no sentences": (without("sentences"), "image 4 lacks.*'sentences'"),
     "no cocoid": (without("cocoid"), "image 4 lacks.*'cocoid'"),
@@ -108,53 +116,99 @@ def test_existing_files_are_left_alone(source, tmp_path, capsys):
     assert [path.read_text() for path in (tmp_path / "out").iterdir()] == ["mine"]
 
 
+def test_convert_is_the_only_command():
+    for wrong in ([], ["check", "folder"], ["convert"], ["convert", "dataset_coco.json"]):
+        with pytest.raises(SystemExit, match="2"):
+            prepare.main(wrong)
+
+
+# ---------------------------------------------------------------- --check
+
+SMALL = {"vit": "nano", "image_size": 32, "embed_dim": 16, "batch_size_train": 6, "queue_size": 6, "num_workers": 0}
+
+
 @pytest.fixture
 def layout(source, tmp_path, monkeypatch):
-    """A folder as COCO's, of five images; the published counts are made to fit."""
-    prepare.main(["convert", source(COCO), str(tmp_path / "coco" / "annotation")])
+    """A folder as COCO's, of five images, and its config; the published counts are made to fit."""
+    assert prepare.main(["convert", source(COCO), str(tmp_path / "coco" / "annotation")]) == 0
     for entry in COCO["images"]:
         path = tmp_path / "coco" / entry["filepath"] / entry["filename"]
         path.parent.mkdir(exist_ok=True)
-        Image.new("RGB", (8, 8), "red").save(path)
-    monkeypatch.setitem(prepare.COUNTS, "coco", {"train": (3, 15), "val": (1, 5), "test": (1, 6)})
+        Image.new("RGB", (8, 8), (40 * entry["cocoid"], 0, 0)).save(path)
+    counts = {"train": (3, 15), "val": (1, 5), "test": (1, 6)}
+    monkeypatch.setitem(DATASETS, "coco", replace(DATASETS["coco"], counts=counts))
+
+    def no_network(request, timeout):
+        raise URLError("no network")
+
+    monkeypatch.setattr(download.urllib.request, "urlopen", no_network)
+    monkeypatch.setattr(download, "PAUSE_SECONDS", 0)
+    roots = {"image_root": str(tmp_path / "coco"), "ann_root": str(tmp_path / "coco" / "annotation")}
+    YAML().dump({"dataset": "coco"} | roots | SMALL, tmp_path / "coco.yaml")
     return tmp_path / "coco"
 
 
-def test_a_whole_layout_is_all_good(layout, capsys):
+def check(folder, capsys, *pairs: str) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of `--check`."""
     capsys.readouterr()
-    assert prepare.main(["check", str(layout), "--decode"]) == 0
-    out, err = capsys.readouterr()
+    args = ["--config", f"{folder}.yaml", "--output_dir", str(folder / "out"), "--device", "cpu", "--check"]
+    status = train_retrieval.main([*args, *(["--set", *pairs] if pairs else [])])
+    return status, *capsys.readouterr()
+
+
+def test_a_whole_layout_is_all_good(layout, capsys):
+    status, out, err = check(layout, capsys)
+    assert (status, err) == (0, "")
     assert "coco train: 3 images, 15 captions, as published" in out and out.endswith("all good\n")
-    assert "all 3 images are under" in out and "< 64: 3" in out and err == ""
+    assert "all 3 images are under" in out and "< 64: 3" in out
 
 
 def test_missing_and_broken_images_are_named_with_their_source(layout, capsys):
     (layout / "val2014" / "COCO_val2014_000000000002.jpg").unlink()
     (layout / "val2014" / "COCO_val2014_000000000004.jpg").write_bytes(b"broken")
     (layout / "annotation" / "coco_karpathy_test.json").unlink()
-    config = layout / "c.yaml"
-    config.write_text(f"dataset: coco\nimage_root: {layout}\nann_root: {layout / 'annotation'}\n")
-    assert prepare.main(["check", "--config", str(config), "--decode"]) == 2
-    errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 3 and all(line.startswith("error: ") for line in errors)
+    status, _, err = check(layout, capsys)
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status == 2 and len(errors) == 3
     assert "coco_karpathy_test.json is missing" in errors[0] and "convert dataset_coco.json" in errors[0]
-    assert "1 of 1 images of val2014 are missing" in errors[1] and "zips/val2014.zip" in errors[1]
+    assert "coco train: 1 of 1 images of val2014 are missing" in errors[1] and "zips/val2014.zip" in errors[1]
+    assert "the first is val2014/COCO_val2014_000000000002.jpg" in errors[1]
     assert "1 of 1 images are unreadable: image val2014/COCO_val2014_000000000004.jpg" in errors[2]
 
 
-def test_other_counts_and_other_folders_are_errors(layout, capsys, monkeypatch, tmp_path):
-    monkeypatch.undo()
-    assert prepare.main(["check", str(layout)]) == 2
-    assert "3 images and 15 captions, not the published 113,287 and 566,747" in capsys.readouterr().err
-    assert prepare.main(["check", str(tmp_path)]) == 2
-    assert "holds coco_karpathy_*.json" in capsys.readouterr().err
-    config = tmp_path / "c.yaml"
-    config.write_text(f"dataset: flickr\nimage_root: {tmp_path / 'none'}\nann_root: {tmp_path}\n")
-    assert prepare.main(["check", "--config", str(config)]) == 2
-    assert "University of Illinois" in capsys.readouterr().err
-    config.write_text(f"dataset: emoji\nimage_root: {tmp_path / 'none'}\n")
-    assert prepare.main(["check", "--config", str(config)]) == 2
-    assert "no fixed layout" in capsys.readouterr().err
-    for wrong in (["check"], ["check", "x", "--config", "y"]):
-        with pytest.raises(SystemExit, match="2"):
-            prepare.main(wrong)
+def test_every_folder_is_named_and_other_images_too(layout, capsys):
+    for path in layout.glob("*2014/*.jpg"):
+        path.unlink()
+    rows = json.loads((layout / "annotation" / "coco_karpathy_val.json").read_text())
+    rows[0]["image"] = "elsewhere/1.jpg"
+    (layout / "annotation" / "coco_karpathy_val.json").write_text(json.dumps(rows))
+    status, _, err = check(layout, capsys)
+    assert status == 2
+    expected = [
+        ("coco train: 2 of 2 images of train2014 are missing", "unpack http://images.cocodataset.org/zips/train2014"),
+        ("coco train: 1 of 1 images of val2014 are missing", "unpack http://images.cocodataset.org/zips/val2014"),
+        ("coco val: 1 of 1 images are missing", "the first is elsewhere/1.jpg: set image_root"),
+        ("coco test: 1 of 1 images of val2014 are missing", "unpack http://images.cocodataset.org/zips/val2014"),
+    ]
+    for line, parts in zip(err.splitlines(), expected, strict=True):
+        assert line.startswith("error: ") and [part for part in parts if part not in line] == [], line
+
+
+def test_other_counts_and_other_folders_are_errors(layout, source, capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(DATASETS, "coco", replace(DATASETS["coco"], counts={"train": (113287, 566747)}))
+    status, out, err = check(layout, capsys)
+    assert status == 2 and "coco train: 3 images, 15 captions, 3 ids" in out and "as published" not in out
+    assert "3 images and 15 captions, not the published 113,287 and 566,747: Recall cannot be compared" in err
+    cfg = load_config(f"{layout}.yaml")
+    found = check_data(cfg, {"train": load_annotations(cfg, "train")})  # of a run, which may be on purpose
+    assert found.errors == [] and "not the published 113,287 and 566,747" in found.warnings[0]
+    status, _, err = check(layout, capsys, "dataset=flickr", f"image_root={tmp_path / 'none'}")
+    assert status == 2 and "University of Illinois" in err and "flickr30k_val.json is missing" in err
+    assert "convert dataset_flickr30k.json" in err
+    status, _, err = check(layout, capsys, f"image_root={tmp_path / 'none'}")
+    assert status == 2 and err.count("zips/train2014.zip") == 1 and "Its folders: train2014/: unpack" in err
+
+
+def test_published_counts_are_blips():
+    assert DATASETS["coco"].counts == {"train": (113287, 566747), "val": (5000, 25010), "test": (5000, 25010)}
+    assert DATASETS["flickr"].counts == {"train": (29000, 145000), "val": (1014, 5070), "test": (1000, 5000)}

@@ -23,7 +23,7 @@ FEW_STEPS = 100
 
 
 def check_recipe(cfg: RetrievalConfig, table: Annotations) -> Findings:
-    """A resolved config against the size of its training set, the published recipe and the machine."""
+    """The config against the size of its training set, the published recipe and the machine."""
     found, batch, pairs = Findings(), cfg.global_batch_size, len(table.captions)
     try:
         steps = len(recipe_sampler(cfg, pairs, seed=0))
@@ -74,7 +74,7 @@ def check_disk(folder: Path, parameters: int, keep_last: int) -> Findings:
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        reason = "is not a folder" if not parent.is_dir() else "must not be written to"
+        reason = "is not a folder" if not parent.is_dir() else "is not writable"
         return Findings(errors=[f"--output_dir {folder}: {parent} {reason}: name another folder"])
     size = 16 * parameters
     files = keep_last + 2  # besides them the best weights, and one that is being written
@@ -93,7 +93,7 @@ def _gigabytes(size: float) -> str:
 def require_negatives(cfg: RetrievalConfig, table: Annotations, seed: int) -> None:
     """ValueError for the first step in which all samples of a pool show one image, so that no negative exists.
 
-    `cfg` is resolved. The order of all epochs is known, so this is known before the first step.
+    The order of all epochs is known, so this is known before the first step.
     """
     pool = cfg.global_batch_size if cfg.negative_all_rank else cfg.global_batch_size // cfg.ranks_emulated
     if np.bincount(table.caption_ids).max() < pool and pool <= len(table.captions):
