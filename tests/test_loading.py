@@ -1,7 +1,8 @@
-"""`models.load`: equal to evaluation, forgiving of inputs, for every layout of file."""
+"""`models.load`: equal to evaluation, forgiving of inputs, for every layout of file; and docs/python.md, run."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -313,3 +314,25 @@ def test_from_another_working_directory(tmp_path, blip):
     ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert float(ran.stdout) == pytest.approx(blip.score(tmp_path / "a.png", "a dog").item(), abs=1e-5)
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
+
+PAGE = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+def test_the_page_has_its_blocks():
+    assert len(BLOCKS) == 6 and all(block.count("\n") <= 14 for block in BLOCKS)
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_blocks_of_the_page_run_as_written(tmp_path, monkeypatch, capsys, number):
+    (tmp_path / "output" / "mine").mkdir(parents=True)
+    save(tmp_path / "output" / "mine" / "checkpoint_best.pth", tiny_model())
+    (tmp_path / "pictures").mkdir()
+    for i, picture in enumerate(drawn(6)):
+        picture.save(tmp_path / "pictures" / f"{i}.jpg")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(BLOCKS[number], f"docs/python.md, block {number}", "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out  # every block shows something
