@@ -1,4 +1,5 @@
-# make demo: train and evaluate the embedded data set; make test: the test suite. Both set up .venv by themselves.
+# make demo: train and evaluate the embedded data set; make pictures: draw what it finds, after a demo; make test: the
+# test suite. Each sets up .venv by itself.
 
 PYTHON ?= python3
 # torch.distributed.run gives each process one thread unless this is set; one process may use every core.
@@ -7,11 +8,18 @@ export OMP_NUM_THREADS := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN
 endif
 
 INSTALLED := .venv/installed
+DEMO := output/retrieval_scenes
 
-.PHONY: demo test test-slow lint
+.PHONY: demo pictures test test-slow lint
 
 demo: $(INSTALLED)
-	.venv/bin/python -m torch.distributed.run --nproc_per_node=1 train_retrieval.py --config configs/retrieval_scenes.yaml --output_dir output/retrieval_scenes --resume auto
+	.venv/bin/python -m torch.distributed.run --nproc_per_node=1 train_retrieval.py --config configs/retrieval_scenes.yaml --output_dir $(DEMO) --resume auto
+
+pictures: $(INSTALLED) $(DEMO)/checkpoint_best.pth
+	.venv/bin/python -m reports.pictures $(DEMO) docs/pictures
+
+$(DEMO)/checkpoint_best.pth:
+	$(MAKE) demo
 
 test: $(INSTALLED)
 	.venv/bin/python -m pytest

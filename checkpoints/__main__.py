@@ -14,7 +14,6 @@ from checkpoints.huggingface import read_folder, write_folder
 from checkpoints.load import LoadReport, fit, open_weights
 from checkpoints.runs import write_atomically
 from checkpoints.weights import QUEUES, TWINS, few, read_sizes
-from configs.sizes import MedConfig
 from models.loading import empty_model, file_sizes
 from utils import setup_logging
 
@@ -31,8 +30,8 @@ def export_folder(source: str, folder: Path, config: str = "") -> LoadReport:
 def import_folder(folder: Path, path: Path) -> LoadReport:
     """Write a Hugging Face folder as a checkpoint in the official layout; the twins are the online weights."""
     file = read_folder(folder)
-    sizes = read_sizes(file.state, file.name)
-    model = empty_model(sizes, MedConfig(**file.extra["text_config"]))
+    sizes, med = file_sizes(file)
+    model = empty_model(sizes, med)
     state, report = fit(file, model.state_dict())
     for key in report.seeded:
         state[key] = state[key.replace("_m.", ".", 1)]  # shared memory is stored once

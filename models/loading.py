@@ -51,6 +51,7 @@ def load(
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    device = usable_device(device)
     file = open_weights(os.fspath(source), cache_dir)
     model = empty_model(*file_sizes(file, config))
     state, report = fit(file, model.state_dict())
@@ -80,7 +81,9 @@ class Blip:
 
     def pixels(self, images: Picture | Sequence[Picture]) -> Tensor:
         """(N, 3, S, S), normalised."""
-        return torch.stack([self.transform(_open_rgb(image)) for image in _as_list(images)])
+        size = self.model.image_size
+        pixels = [self.transform(_open_rgb(image)) for image in _as_list(images)]
+        return torch.stack(pixels) if pixels else torch.empty(0, 3, size, size)
 
     def tokens(self, texts: str | Sequence[str]) -> TokenizedText:
         """Token ids and mask (M, L)."""
@@ -88,15 +91,11 @@ class Blip:
 
     def image_features(self, images: Picture | Sequence[Picture]) -> Tensor:
         """Unit-length embeddings (N, E)."""
-        return self._cat(self.model.image_feature(tokens).cpu() for tokens in self._encode_images(_as_list(images)))
+        return self._cat(feat for _, feat in self._encode_images(_as_list(images)))
 
     def text_features(self, texts: str | Sequence[str]) -> Tensor:
         """Unit-length embeddings (M, E)."""
-        with self._inference():
-            return self._cat(
-                self.model.text_feature(self.model.encode_text(self.tokens(part).to(self._device))).cpu()
-                for part in _batches(_as_list(texts), self.batch_size)
-            )
+        return self._cat(self._encode_texts(_as_list(texts)))
 
     def similarity(self, images: Picture | Sequence[Picture], texts: str | Sequence[str]) -> Tensor:
         """Cosines of the contrast (N, M)."""
@@ -123,15 +122,26 @@ class Blip:
             yield
 
     def _cat(self, parts: Iterable[Tensor]) -> Tensor:
-        """Features in batches (b, E) -> (N, E), also of nothing."""
+        """Features in batches (b, E) -> (N, E), also of nothing.
+
+        Joined outside of inference mode, so that the caller may train something on them.
+        """
         return torch.cat([torch.empty(0, self.model.text_proj.out_features), *parts])
 
-    def _encode_images(self, images: list[Picture]) -> Iterator[Tensor]:
-        """Image tokens (b, n, V), batch after batch."""
+    def _encode_images(self, images: list[Picture]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Image tokens (b, n, V) and embeddings (b, E), batch after batch."""
         for part in _batches(images, self.batch_size):
             with self._inference():
                 tokens = self.model.encode_image(self.pixels(part).to(self._device))
-            yield tokens
+                feat = self.model.image_feature(tokens).cpu()
+            yield tokens, feat
+
+    def _encode_texts(self, texts: list[str]) -> Iterator[Tensor]:
+        """Embeddings (b, E), batch after batch."""
+        for part in _batches(texts, self.batch_size):
+            with self._inference():
+                feat = self.model.text_feature(self.model.encode_text(self.tokens(part).to(self._device))).cpu()
+            yield feat
 
     def _logits(
         self, images: Picture | Sequence[Picture], texts: str | Sequence[str], pairwise: bool
@@ -140,29 +150,28 @@ class Blip:
         images, texts = _as_list(images), _as_list(texts)
         if pairwise and len(images) != len(texts):
             raise ValueError(f"pairwise takes as many images as texts, got {len(images)} and {len(texts)}")
-        text_feat, logits, image_feat = self.text_features(texts), [], []
-        for start, tokens in zip(range(0, len(images), self.batch_size), self._encode_images(images), strict=True):
+        text_feat, image_feat, logits = self.text_features(texts), [], []
+        passes = [self.tokens(part) for part in _batches(texts, self.batch_size if pairwise else TEXTS_PER_PASS)]
+        for i, (tokens, feat) in enumerate(self._encode_images(images)):
+            image_feat.append(feat)
             with self._inference():
-                image_feat.append(self.model.image_feature(tokens).cpu())
                 if pairwise:
-                    own = texts[start : start + len(tokens)]
-                    logits.append(self._match(tokens, own, list(range(len(own)))))
+                    logits.append(self._match(tokens, passes[i], range(len(tokens))))
                 else:
-                    logits += [self._match_all(image, texts)[None] for image in tokens.split(1)]
-        shape = (0, 2) if pairwise else (0, len(texts), 2)
+                    logits += [self._match_all(image, passes) for image in tokens.split(1)]
         feat = self._cat(image_feat)
         cosine = (feat * text_feat).sum(1) if pairwise else feat @ text_feat.T
-        return torch.cat([torch.empty(shape), *logits]), cosine
+        return torch.cat([torch.empty(0, *cosine.shape[1:], 2), *logits]), cosine
 
-    def _match_all(self, tokens: Tensor, texts: list[str]) -> Tensor:
-        """Logits (M, 2) of one image (1, n, V) with every text."""
-        parts = (self._match(tokens, part, [0] * len(part)) for part in _batches(texts, TEXTS_PER_PASS))
-        return torch.cat([torch.empty(0, 2), *parts])
+    def _match_all(self, tokens: Tensor, passes: list[TokenizedText]) -> Tensor:
+        """Logits (1, M, 2) of one image (1, n, V) with all texts."""
+        parts = [self._match(tokens, text, [0] * len(text.input_ids)) for text in passes]
+        return torch.cat([torch.empty(0, 2), *parts])[None]
 
-    def _match(self, tokens: Tensor, texts: list[str], image_of_text: list[int]) -> Tensor:
+    def _match(self, tokens: Tensor, text: TokenizedText, image_of_text: Sequence[int]) -> Tensor:
         """Logits (P, 2) of texts with the images (b, n, V) they look at."""
-        text = self.tokens(texts)
-        arrangement = TrainingTexts(text.attention_mask.sum(1).tolist(), self._device, image_of_text, len(tokens))
+        lengths = text.attention_mask.sum(1).tolist()
+        arrangement = TrainingTexts(lengths, self._device, image_of_text, len(tokens))
         return self.model.match(text.to(self._device), tokens, arrangement).cpu()
 
 
@@ -178,11 +187,27 @@ def _batches(items: list, size: int) -> Iterator[list]:
 def _open_rgb(picture: Picture) -> Image.Image:
     if isinstance(picture, Image.Image):
         return to_rgb(picture)
+    if not isinstance(picture, str | os.PathLike):
+        raise ValueError(
+            f"a picture is a path or a PIL image, got {type(picture).__name__}; PIL's Image.fromarray makes one of an "
+            "array"
+        )
     try:
         with Image.open(picture) as image:
             return to_rgb(image)
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {os.fspath(picture)} cannot be read ({error})") from None
+    except Exception as error:  # a broken file can raise nearly anything in Pillow's decoders
+        raise ValueError(f"image {os.fspath(picture)} cannot be read ({error or type(error).__name__})") from None
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device, or ValueError where there is none."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r} is unknown: use cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
+        raise ValueError(f"device {name}: this PyTorch sees {torch.cuda.device_count()} CUDA devices; use cpu")
+    return device
 
 
 # ---- sizes ----------------------------------------------------------------------------------------------------------
@@ -191,6 +216,10 @@ def _open_rgb(picture: Picture) -> Image.Image:
 def file_sizes(file: WeightFile, config: str = "") -> tuple[Sizes, MedConfig]:
     """The sizes of a model that the file fits, its own or those of the YAML `config`."""
     sizes = read_sizes(file.state, file.name)
+    if not sizes.vit:
+        raise ValueError(
+            f"{file.name}: {sizes.vit_words} has an unknown number of heads; known are {', '.join(VIT_SIZES)}."
+        )
     if not config:
         return sizes, text_config(file, sizes)
     cfg = load_config(config)
@@ -202,8 +231,6 @@ def file_sizes(file: WeightFile, config: str = "") -> tuple[Sizes, MedConfig]:
 
 def empty_model(sizes: Sizes, med: MedConfig) -> BLIP_Retrieval:
     """A model of names and shapes, without memory; the numbers of image heads come from VIT_SIZES."""
-    if not sizes.vit:
-        raise ValueError(f"{sizes.vit_words} has an unknown number of heads; known are {', '.join(VIT_SIZES)}.")
     with torch.device("meta"):
         return BLIP_Retrieval(
             med,
