@@ -21,8 +21,17 @@ from configs.schema import RetrievalConfig, load_config
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Fine-tune or evaluate BLIP for image-text retrieval.")
     parser.add_argument("--config", required=True, help="YAML file; configs/schema.py documents every key")
-    parser.add_argument("--output_dir", type=Path, help="run folder (default: output/<name of the config>)")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        help="run folder (default: the one the config lies in, or output/<its name>)",
+    )
     parser.add_argument("--evaluate", action="store_true", help="only evaluate val and test, touching no checkpoint")
+    parser.add_argument(
+        "--checkpoint", default="", metavar="PATH",
+        help="what --evaluate loads (default: the run folder's best weights, else `finetuned`, else `pretrained`)",
+    )  # fmt: skip
+    parser.add_argument("--random_weights", action="store_true", help="--evaluate without a checkpoint, on purpose")
     parser.add_argument("--check", action="store_true", help="look for mistakes in config, data, checkpoint and disk")
     parser.add_argument("--dry_run", action="store_true", help="measure memory, speed and hours on a few steps")
     parser.add_argument("--device", default="auto", help="cuda, cuda:N or cpu (default: cuda when there is one)")
@@ -34,8 +43,18 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override config keys"
     )
     args = parser.parse_args(argv)
-    args.output_dir = args.output_dir or Path("output") / Path(args.config).stem
+    if (args.checkpoint or args.random_weights) and not args.evaluate:
+        parser.error("--checkpoint and --random_weights go with --evaluate; training starts from the key `pretrained`")
+    if args.checkpoint and args.random_weights:
+        parser.error("give either --checkpoint or --random_weights")
+    args.output_dir = args.output_dir or default_folder(Path(args.config))
     return args
+
+
+def default_folder(config: Path) -> Path:
+    """The run folder that a config was saved in, else one named after it."""
+    in_run = any((config.parent / name).exists() for name in ("log.txt", "checkpoint_best.pth"))
+    return config.parent if in_run else Path("output") / config.stem
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,7 +83,7 @@ def run(cfg: RetrievalConfig, args: argparse.Namespace) -> int:
     from retrieval.evaluate import evaluate_only
     from training.dry_run import print_dry_run
     from training.loop import train
-    from training.preflight import preflight
+    from training.preflight import preflight, weights_to_evaluate
     from utils import from_main, init_distributed, is_main, setup_logging
 
     device = init_distributed(args.device)
@@ -84,7 +103,7 @@ def run(cfg: RetrievalConfig, args: argparse.Namespace) -> int:
         print_dry_run(model, job)
         return 0
     if args.evaluate:
-        return evaluate_only(model, cfg, job.splits, job.folder)
+        return evaluate_only(model, cfg, job.splits, job.folder, weights_to_evaluate(cfg, args))
     return train(model, job)
 
 

@@ -195,8 +195,9 @@ def _require_same_experiment(path: Path, data: dict[str, Any], config: dict[str,
             f"{path}: cannot go on with another experiment: {', '.join(breaking)}. Restore that, or start in a new "
             "--output_dir."
         )
-    for text in changed.values():
-        _warn(f"resuming with a changed config: {text}")
+    for key, text in changed.items():
+        hint = ": from here on the learning rate follows the cosine over the new number" if key == "max_epoch" else ""
+        _warn(f"resuming with a changed config: {text}{hint}")
     if data.get("world_size", get_world_size()) != get_world_size():
         log.info(
             "resuming on %d processes what %d have saved: ranks_emulated and global_batch_size are the same",

@@ -85,8 +85,10 @@ class RetrievalConfig:
     temp_lr_scale: float = knob(1.0, "factor on the learning rate of the temperature `temp`", 0, 1e4)
     weight_decay: float = knob(0.05, "AdamW's decoupled weight decay", 0, 1)
     max_epoch: int = knob(6, "epochs of training", 1)
+    patience: int = knob(0, "epochs without a better val r_mean after which training ends early; 0 = never", 0)
 
     # --- evaluation
+    eval_before: bool = knob(True, "validate before the first step too, which shows what training gains")
     k_test: int = knob(256, "candidates per query that matching re-ranks; clamped to the gallery", 1)
     rerank_tokens: int = knob(32768, "text tokens per pass of the re-ranking; bounds its memory", 1)
 

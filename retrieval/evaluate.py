@@ -16,16 +16,22 @@ from utils import NotFinite, Stopped, StopSignal, never_stop, precision, record
 log = logging.getLogger("blip")
 
 
-def evaluate_only(model: BLIP_Retrieval, cfg: RetrievalConfig, splits: dict[str, Annotations], folder: Path) -> int:
+def evaluate_only(
+    model: BLIP_Retrieval,
+    cfg: RetrievalConfig,
+    splits: dict[str, Annotations],
+    folder: Path,
+    weights: tuple[str, str],
+) -> int:
     """Load the weights, evaluate the splits, and append one JSON line to `evaluate.txt` in `folder`.
 
-    Returns the exit status; a stop signal leaves the file as it was.
+    `weights`: the checkpoint ('' = random weights) and why it is this one. Returns the exit status; a stop signal
+    leaves the file as it was.
     """
-    source = cfg.finetuned or cfg.pretrained
+    source, why = weights
+    log.info("weights: %s (%s)", source or "random", why)
     if source:
         load_pretrained(model, source, cfg.cache_dir)
-    else:
-        log.warning("neither finetuned nor pretrained is set: evaluating random weights")
     stats = {}
     with StopSignal() as stop:
         try:
@@ -36,6 +42,7 @@ def evaluate_only(model: BLIP_Retrieval, cfg: RetrievalConfig, splits: dict[str,
         except Stopped:
             log.info("stopped by %s: nothing was written; give the same command again", stop.received)
             return StopSignal.EXIT_STOPPED
+    log.info("these numbers are of %s (%s)", source or "random weights", why)
     record(folder / "evaluate.txt", stats)
     return 0
 

@@ -18,7 +18,8 @@ BLIP_KEYS = """image_root ann_root dataset pretrained vit batch_size_train batch
     init_lr image_size queue_size alpha k_test negative_all_rank weight_decay min_lr max_epoch""".split()
 OWN_KEYS = """finetuned med_config train_file val_file test_file patch_size pos_embed_std embed_dim momentum
     global_batch_size ranks_emulated warmup_steps temp_lr_scale augment num_workers precision eval_precision
-    rerank_tokens keep_graphs compile save_every_steps keep_last on_bad_image cache_dir""".split()
+    rerank_tokens keep_graphs compile save_every_steps keep_last on_bad_image cache_dir
+    patience eval_before""".split()
 
 
 def write(folder: Path, text: str) -> Path:
@@ -283,7 +284,7 @@ def test_shipped_recipe_is_the_published_one_on_eight_gpus_or_one(name):
     ours, on_eight = (load_config(ROOT / "configs" / f"retrieval_{name}.yaml", world_size=size) for size in (1, 8))
     blip = load_config(ASSETS / f"blip_retrieval_{name}.yaml", world_size=8)
     assert ours.pretrained.endswith("/model_base.pth") and ours.finetuned == blip.pretrained
-    same = dict(image_root=blip.image_root, pretrained=blip.pretrained, finetuned="")
+    same = dict(image_root=blip.image_root, pretrained=blip.pretrained, finetuned="", save_every_steps=0)
     assert replace(ours, **same) == replace(on_eight, **same) == blip
 
 

@@ -128,7 +128,7 @@ def test_images_of_one_image_id_are_right_answers_for_each_other(mine, capsys):
 
 def test_a_test_file_alone_can_be_evaluated(mine):
     (mine / "train.json").rename(mine / "test.json")
-    assert run("--evaluate", "--set", "train_file=", "test_file=test.json") == 0
+    assert run("--evaluate", "--random_weights", "--set", "train_file=", "test_file=test.json") == 0
     (result,) = lines(Path("output/mine/evaluate.txt"))
     assert "test_r_mean" in result and "val_r_mean" not in result
     assert run("--set", "train_file=", "test_file=test.json") == 2

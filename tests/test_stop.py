@@ -119,13 +119,13 @@ def test_stopped_twice_in_one_step_and_then_in_its_validation(tiny_run, straight
 def test_evaluate_stops_without_a_result(tiny_run, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         SignalAt(patch, 3, "SIGINT")
-        assert run(tiny_run, "--evaluate") == 75
+        assert run(tiny_run, "--evaluate", "--random_weights") == 75
     assert not (tiny_run / "out").exists() and "give the same command again" in capsys.readouterr().err
 
 
 def test_handlers_are_put_back(tiny_run):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
-    run(tiny_run, "--evaluate")
+    assert run(tiny_run, "--evaluate", "--random_weights") == 0
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
 
 

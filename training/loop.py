@@ -52,7 +52,7 @@ def train(model: BLIP_Retrieval, job: Job) -> int:
         run = TrainingRun(model, job, stop)
         try:
             run.validate_start()
-            for _ in range(run.state.epoch, job.cfg.max_epoch):
+            while not run.trained():
                 run.train_epoch()
                 run.validate()
             run.test()
@@ -81,6 +81,13 @@ class TrainingRun:
         broadcast_model(model)
         self.train_stats: dict[str, float] = {}  # of the epoch that is to be validated
         self.keep_graphs: int | None = None
+
+    def trained(self) -> bool:
+        """Whether all epochs are done, or as many as `patience` allows without a better one."""
+        state, patience = self.state, self.cfg.patience
+        if state.epoch >= self.cfg.max_epoch:
+            return True
+        return bool(patience) and state.best_epoch >= 0 and state.epoch - 1 - state.best_epoch >= patience
 
     # ---- training -------------------------------------------------------------------------------------------------
 
@@ -157,7 +164,7 @@ class TrainingRun:
     def where_it_stands(self) -> str:
         """What is saved, and what is left of the run."""
         state = self.state
-        if state.epoch >= self.cfg.max_epoch:
+        if self.trained():
             left = "the test split is still to be evaluated"
         elif state.step >= self.steps:
             left = f"epoch {state.epoch} is trained and still to be validated"
@@ -170,7 +177,7 @@ class TrainingRun:
     def validate_start(self) -> None:
         """Validation before the first step (row -1 of the log): where training starts from."""
         done = from_main(["yes"] if read_log(self.folder / LOG) else [])  # rank 0 keeps the log
-        if self.state.epoch or self.state.step or done:
+        if not self.cfg.eval_before or self.state.epoch or self.state.step or done:
             return
         try:
             record(self.folder / LOG, {"epoch": -1, **self.evaluate("val")})
@@ -191,6 +198,8 @@ class TrainingRun:
         state.epoch, state.step, state.meters = epoch + 1, 0, {}
         self.save()
         barrier()
+        if self.trained() and state.epoch < self.cfg.max_epoch:
+            log.info("no better val r_mean for %d epochs (patience): training ends here", self.cfg.patience)
 
     def test(self) -> None:
         """The test split with the best weights."""
@@ -206,6 +215,8 @@ def start_run(model: BLIP_Retrieval, optimizer: torch.optim.Optimizer, job: Job)
     """The state to go on from: a run's own (`--resume`), or the beginning, from `pretrained` or random weights."""
     cfg, folder, source = job.cfg, job.folder, job.args.resume
     state = resume(source, folder, model, optimizer, job.config) if source else None
+    if source and state is None and is_main():
+        log.warning("warning: --resume %s: %s holds no save of a run, so this run STARTS ANEW", source, folder)
     if state is None and cfg.pretrained:
         load_pretrained(model, cfg.pretrained, cfg.cache_dir)
     if is_main():  # the first thing that is written

@@ -10,6 +10,7 @@ import torch
 
 from checkpoints.download import RELEASED, cache_folder
 from checkpoints.load import fit, load_pretrained, open_weights
+from checkpoints.runs import BEST
 from configs.datasets import SPLITS
 from configs.schema import RetrievalConfig
 from data.annotations import Annotations, available_splits, load_annotations
@@ -58,12 +59,32 @@ def preflight(cfg: RetrievalConfig, args: argparse.Namespace) -> tuple[Job, Find
     return job, found
 
 
+def weights_to_evaluate(cfg: RetrievalConfig, args: argparse.Namespace) -> tuple[str, str]:
+    """What `--evaluate` loads ('' = random weights, asked for), and why; ValueError if nothing names a checkpoint."""
+    best = args.output_dir / BEST
+    choices = (
+        (args.checkpoint, "--checkpoint names it"),
+        ("" if args.random_weights else str(best) if best.exists() else "", "the best weights of this run folder"),
+        ("" if args.random_weights else cfg.finetuned, "the config's `finetuned`"),
+        ("" if args.random_weights else cfg.pretrained, "the config's `pretrained`, as there is no `finetuned`"),
+    )
+    for source, why in choices:
+        if source:
+            return source, why
+    if args.random_weights:
+        return "", "--random_weights asks for it"
+    raise ValueError(
+        f"nothing to evaluate: {best} does not exist, and the config names neither `finetuned` nor `pretrained`. Give "
+        "--checkpoint PATH, name the run's folder as --output_dir, or say --random_weights."
+    )
+
+
 def check_model(job: Job) -> Findings:
     """The text encoder's JSON, the checkpoint, and room for saves; on a model without memory."""
     cfg, args = job.cfg, job.args
     with torch.device("meta"):
         model = build_model(cfg)
-    source = (cfg.finetuned if args.evaluate else "") or cfg.pretrained
+    source = weights_to_evaluate(cfg, args)[0] if args.evaluate else cfg.pretrained
     found = check_checkpoint(model, source, job) if source and not args.resume else Findings()
     if not args.evaluate:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
