@@ -131,7 +131,7 @@ def _file_name(address: str) -> str:
 
 def _download(address: str, part: Path) -> None:
     """Complete `part`, over several connections if they break."""
-    error = None
+    error: object = None  # of the last attempt, for the message
     for attempt in range(ATTEMPTS):
         if attempt:
             log.warning("%s: connection lost at %d bytes (%s), trying again", address, _size(part), error)

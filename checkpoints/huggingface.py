@@ -112,7 +112,7 @@ def _to_hf_config(sizes: Sizes, med: MedConfig, temp: float, dtype: torch.dtype)
     from transformers import BlipConfig  # seconds to import
 
     text = {field.name: getattr(med, field.name) for field in fields(MedConfig) if field.name != "encoder_width"}
-    config = BlipConfig(
+    config = BlipConfig(  # type: ignore[call-arg]  # it keeps a key that it does not know: temp
         text_config=text | {"encoder_hidden_size": sizes.width, "is_decoder": True},  # True: with cross-attention
         vision_config={
             "hidden_size": sizes.width,

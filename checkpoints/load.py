@@ -7,10 +7,11 @@ What formats look like is known by `weights.py` (.pth), `huggingface.py`, `runs.
 import logging
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from checkpoints.download import local_path
 from checkpoints.huggingface import CONFIG, read_folder
+from checkpoints.protocol import RetrievalModel
 from checkpoints.runs import BEST, find_runs
 from checkpoints.weights import (
     POS_EMBEDS,
@@ -68,7 +69,7 @@ def open_weights(source: str, cache_dir: str = "") -> WeightFile:
     return read_folder(path) if path.is_dir() else read_weights(path)
 
 
-def load_pretrained(model: nn.Module, source: str, cache_dir: str = "") -> LoadReport:
+def load_pretrained(model: RetrievalModel, source: str, cache_dir: str = "") -> LoadReport:
     """Load foreign weights into the model: everything but the queues, and nothing silently.
 
     ValueError for a file that is damaged, of other sizes, or that lacks or adds anything else.

@@ -212,10 +212,10 @@ def _grid(tokens: int, name: str) -> int:
     return side
 
 
-def few(keys: Iterable[str], limit: int = 10) -> str:
+def few(keys: Iterable[object], limit: int = 10) -> str:
     """The first keys, and how many more there are."""
-    keys = [str(key) for key in keys]
-    return ", ".join(keys[:limit]) + (f" and {len(keys) - limit} more" if len(keys) > limit else "")
+    words = [str(key) for key in keys]
+    return ", ".join(words[:limit]) + (f" and {len(words) - limit} more" if len(words) > limit else "")
 
 
 # ---- position embeddings --------------------------------------------------------------------------------------------

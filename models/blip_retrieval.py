@@ -34,6 +34,11 @@ class BLIP_Retrieval(nn.Module):
     whether hard negatives come from all ranks (COCO) or from the sample's own (Flickr30k).
     """
 
+    image_queue: Tensor  # (E, Q)
+    text_queue: Tensor  # (E, Q)
+    idx_queue: Tensor  # (1, Q)
+    ptr_queue: Tensor  # (1,) the slot to be written next
+
     def __init__(
         self,
         med_config: str | Path | MedConfig = "configs/med_config.json",
@@ -182,8 +187,8 @@ class BLIP_Retrieval(nn.Module):
     @torch.no_grad()
     def update_momentum(self) -> None:
         """twin <- momentum * twin + (1 - momentum) * online, for all parameters in a few kernels."""
-        online = [p for module, _ in self.twins() for p in module.parameters()]
-        twin = [p for _, module in self.twins() for p in module.parameters()]
+        online: list[Tensor] = [p for module, _ in self.twins() for p in module.parameters()]
+        twin: list[Tensor] = [p for _, module in self.twins() for p in module.parameters()]
         torch._foreach_lerp_(twin, online, 1 - self.momentum)
 
     @torch.no_grad()

@@ -9,6 +9,9 @@ Shapes: P texts (one for each image-text pair when matching), L tokens, D hidden
 m images, N image tokens, V image width.
 """
 
+from collections.abc import Sequence
+from typing import cast
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -108,7 +111,8 @@ class Encoder(nn.Module):
 
     def __init__(self, config: MedConfig):
         super().__init__()
-        self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+        layers = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+        self.layer = cast("Sequence[BertLayer]", layers)
 
 
 class BertModel(nn.Module):

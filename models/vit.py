@@ -5,12 +5,14 @@ Sources: Dosovitskiy et al. 2021 (arXiv 2010.11929); BLIP's `models/vit.py` for 
 Shapes: b images, S pixels a side, N = 1 + (S / patch)^2 tokens ([CLS] first), V width.
 """
 
+from collections.abc import Sequence
 from functools import partial
+from typing import cast
 
 import torch
 from fairscale.nn.checkpoint import checkpoint_wrapper
 from timm.layers import PatchEmbed
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,10 +23,12 @@ class VitBlock(Block):
     """timm's pre-norm block, computed in the autocast precision it is handed.
 
     fairscale's checkpoint_wrapper recomputes under float16 whatever the forward ran in; with the precision as an
-    argument the recomputation repeats the forward exactly.
+    argument the recomputation repeats the forward exactly. (timm's other arguments, masks, have no use here.)
     """
 
-    def forward(self, x: Tensor, autocast_dtype: torch.dtype | None = None) -> Tensor:
+    attn: Attention
+
+    def forward(self, x: Tensor, autocast_dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
         with torch.autocast(x.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
             return super().forward(x)
 
@@ -63,9 +67,11 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, width))
         norm = partial(nn.LayerNorm, eps=1e-6)
         rates = [drop_path * i / (depth - 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(
-            VitBlock(width, heads, qkv_bias=True, drop_path=rate, norm_layer=norm) for rate in rates
-        )
+        blocks = [
+            VitBlock(width, heads, qkv_bias=True, drop_path=rate, norm_layer=norm)  # type: ignore[arg-type]  # a partial
+            for rate in rates
+        ]
+        self.blocks = cast("Sequence[VitBlock]", nn.ModuleList(blocks))
         self.norm = norm(width)
         self.apply(_init_weights)
         nn.init.trunc_normal_(self.cls_token, std=0.02)

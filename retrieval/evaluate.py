@@ -26,7 +26,7 @@ def evaluate_only(model: BLIP_Retrieval, cfg: RetrievalConfig, splits: dict[str,
         load_pretrained(model, source, cfg.cache_dir)
     else:
         log.warning("neither finetuned nor pretrained is set: evaluating random weights")
-    stats = {}
+    stats: dict[str, float] = {}
     with StopSignal() as stop:
         try:
             for split, annotations in splits.items():

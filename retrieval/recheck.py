@@ -44,7 +44,7 @@ def recheck_in_float32(
         error = np.abs(scores[pending] - screened[pending])
         log.info("bf16: %d pairs scored again in float32, largest difference %.2g", len(pending), error.max())
         if error.max() > margin:
-            violations += np.count_nonzero(error > margin) if margin else 0
+            violations += int(np.count_nonzero(error > margin)) if margin else 0
             margin = MARGIN * float(error.max())
         pending = np.flatnonzero(open_pairs(scores, known, directions, margin))
     log.info(

@@ -79,8 +79,9 @@ def dry_run(
     model.train()
     with precision(model, cfg.precision):
         micro_batch, memory_line = fitting_micro_batch(trial, local)
-        kept = cfg.keep_graphs
-        if kept == "auto":
+        if isinstance(cfg.keep_graphs, int):
+            kept = cfg.keep_graphs
+        else:
             kept = auto_keep_graphs(model, cfg.image_size, micro_batch, local, trial.optimizer)
         seconds, timed, megabytes = time_steps(trial, local, micro_batch, kept)
     rates = evaluation_rates(model.eval(), cfg, sizes)

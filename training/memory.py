@@ -94,8 +94,9 @@ def _run_micro_batch(model: BLIP_Retrieval, image_size: int, size: int, before: 
 
 def _missing_state(optimizer: torch.optim.Optimizer | None) -> int:
     """Bytes of the two moments that AdamW will allocate in its first step."""
-    groups = optimizer.param_groups if optimizer else ()
-    return sum(2 * p.nbytes for group in groups for p in group["params"] if p not in optimizer.state)
+    if optimizer is None:
+        return 0
+    return sum(2 * p.nbytes for group in optimizer.param_groups for p in group["params"] if p not in optimizer.state)
 
 
 def _saved_bytes(model: BLIP_Retrieval, image: Tensor) -> int:

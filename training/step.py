@@ -81,7 +81,7 @@ class RetrievalStep:
     ):
         self.model, self.image, self.idx, self.alpha = model, image, idx, alpha
         self.ranks, self.batch = ranks, len(image) // ranks
-        self.generators = generators or [None] * ranks
+        self.generators: Sequence[torch.Generator | None] = generators or [None] * ranks
         self.gather = all_gather if model.negative_all_rank else lambda x: x
         self.offset = get_rank() * len(image) if model.negative_all_rank else 0  # this process's place in the pool
         self.pool_idx = self.gather(idx)

@@ -88,22 +88,22 @@ def _warp_rows(
 
 def shear_x(image: np.ndarray, factor: float) -> np.ndarray:
     """Move each row right by `factor` times its distance from the top."""
-    return warp(image, np.float32([[1, factor, 0], [0, 1, 0]]))
+    return warp(image, np.array([[1, factor, 0], [0, 1, 0]], dtype=np.float32))
 
 
 def shear_y(image: np.ndarray, factor: float) -> np.ndarray:
     """Move each column down by `factor` times its distance from the left."""
-    return warp(image, np.float32([[1, 0, 0], [factor, 1, 0]]))
+    return warp(image, np.array([[1, 0, 0], [factor, 1, 0]], dtype=np.float32))
 
 
 def translate_x(image: np.ndarray, pixels: float) -> np.ndarray:
     """Move the image left by `pixels`."""
-    return warp(image, np.float32([[1, 0, -pixels], [0, 1, 0]]))
+    return warp(image, np.array([[1, 0, -pixels], [0, 1, 0]], dtype=np.float32))
 
 
 def translate_y(image: np.ndarray, pixels: float) -> np.ndarray:
     """Move the image up by `pixels`."""
-    return warp(image, np.float32([[1, 0, 0], [0, 1, -pixels]]))
+    return warp(image, np.array([[1, 0, 0], [0, 1, -pixels]], dtype=np.float32))
 
 
 def rotate(image: np.ndarray, degrees: float) -> np.ndarray:
