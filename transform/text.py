@@ -60,16 +60,18 @@ def clean_caption(caption: str, max_words: int = MAX_WORDS) -> str:
     return " ".join(text.split(" ")[:max_words])
 
 
-def read_vocabulary(path: Path = VOCAB_FILE) -> dict[str, int]:
+def read_vocabulary() -> dict[str, int]:
     """BERT's 30,522 word pieces and their ids; ValueError if the file is missing or differs in any byte."""
     remedy = "Restore it with `git checkout -- transform/bert-base-uncased-vocab.txt` (line endings must stay LF)."
-    if not path.is_file():
-        raise ValueError(f"The vocabulary {path} is missing. {remedy}")
-    content = path.read_bytes()
+    if not VOCAB_FILE.is_file():
+        raise ValueError(f"The vocabulary {VOCAB_FILE} is missing. {remedy}")
+    content = VOCAB_FILE.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     if digest != VOCAB_SHA256:
         # One lost line would shift every later id and score nonsense without any error.
-        raise ValueError(f"The vocabulary {path} is damaged: its sha256 is {digest}, not {VOCAB_SHA256}. {remedy}")
+        raise ValueError(
+            f"The vocabulary {VOCAB_FILE} is damaged: its sha256 is {digest}, not {VOCAB_SHA256}. {remedy}"
+        )
     return {token: index for index, token in enumerate(content.decode("utf-8").removesuffix("\n").split("\n"))}
 
 
