@@ -44,7 +44,7 @@ class RunState:
     step: int = 0
     best: float = 0.0
     best_epoch: int = -1
-    momentum_moved: bool = False  # of the next step, which was left after its twins had moved
+    momentum_moved: bool = False  # the next step was begun and left: its twins have moved
     meters: dict[str, Any] = field(default_factory=dict)
 
 
@@ -54,7 +54,7 @@ class RunState:
 def save_checkpoint(
     path: str | Path, model: RetrievalModel, optimizer: Optimizer, config: dict[str, Any], epoch: int, **extra: Any
 ) -> None:
-    """Write the official layout and `extra` in one step that either happens or does not; by rank 0 only.
+    """Write the official layout and `extra` atomically; on rank 0 only.
 
     OSError when the disk is full or fails: a former file of that name is still there then.
     """
@@ -89,7 +89,7 @@ def _sync(path: Path) -> None:
 
 
 def _require_plain(value: Any, where: str = "checkpoint") -> None:
-    """A save with any other object in it could not be read back: loading refuses pickled objects."""
+    """TypeError for any other object: it could not be read back, as loading refuses pickled objects."""
     if isinstance(value, dict):
         for key, item in value.items():
             _require_plain(item, f"{where}[{key!r}]")
@@ -117,7 +117,7 @@ def save_run(
             leftover.unlink()
         runs = find_runs(folder)
         place = runs.index(path)
-        for later in runs[:place]:  # damaged, or of a line that was given up by resuming an earlier save
+        for later in runs[:place]:  # damaged, or left behind when an earlier save was resumed
             log.warning("%s is ahead of this run: kept as %s.aside", later, later.name)
             later.rename(later.with_name(later.name + ".aside"))
         for older in runs[place + max(1, keep_last) :]:

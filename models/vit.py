@@ -36,7 +36,8 @@ class VitBlock(Block):
         """The block's output at [CLS] alone, (b, N, V) -> (b, 1, V): keys and values of all tokens, one query."""
         attn = self.attn
         normed = self.norm1(x)
-        q, k, v = F.linear(normed, attn.qkv.weight, attn.qkv.bias).unflatten(2, (3, attn.num_heads, -1)).unbind(2)
+        qkv = F.linear(normed, attn.qkv.weight, attn.qkv.bias)  # (b, N, 3 V)
+        q, k, v = qkv.unflatten(2, (3, attn.num_heads, -1)).unbind(2)  # (b, N, heads, V / heads) each
         q, k, v = q[:, :1].transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, heads, 1 or N, V / heads)
         context = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (b, 1, V)
         x = x[:, :1] + self.drop_path1(attn.proj(context))
@@ -68,7 +69,7 @@ class VisionTransformer(nn.Module):
         norm = partial(nn.LayerNorm, eps=1e-6)
         rates = [drop_path * i / (depth - 1) for i in range(depth)]
         blocks = [
-            VitBlock(width, heads, qkv_bias=True, drop_path=rate, norm_layer=norm)  # type: ignore[arg-type]  # a partial
+            VitBlock(width, heads, qkv_bias=True, drop_path=rate, norm_layer=norm)  # type: ignore[arg-type]  # partial
             for rate in rates
         ]
         self.blocks = cast("Sequence[VitBlock]", nn.ModuleList(blocks))
@@ -80,9 +81,9 @@ class VisionTransformer(nn.Module):
             checkpoint_wrapper(block)  # patches the block's forward in place; names stay
 
     def forward(self, image: Tensor, cls_only: bool = False) -> Tensor:
-        """(b, 3, S, S) -> (b, N, V); with cls_only (b, 1, V), the last block's other outputs never computed."""
+        """(b, 3, S, S) -> (b, N, V); with cls_only (b, 1, V): the last block computes nothing else."""
         x = self.patch_embed(image)  # (b, N - 1, V)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed  # (b, N, V)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         for block in self.blocks[:-1]:

@@ -2,7 +2,7 @@
 
 A candidate is right when its id equals the query's: several captions of an image, and several images of one id, are all
 right answers. The place of a query's answer is the number of candidates that score better than the best right one; on a
-tie the lower gallery index comes first. A right answer outside the shortlist is not found at any K. (BLIP sorts dense
+tie the lower gallery index comes first. A right answer outside the shortlist is not found at any K. (BLIP sorts whole
 rows with numpy's unstable argsort, so its ties are undefined; without ties the numbers are the same.)
 
 Shapes: Q queries, G gallery, k shortlist.
@@ -59,12 +59,12 @@ def chance_metrics(image_ids: np.ndarray, text_ids: np.ndarray) -> dict[str, flo
 
 
 def recall_table(name: str, rows: dict[str, dict[str, float]]) -> list[str]:
-    """Lines with Recall@K in percent, one for each way to rank."""
+    """The lines of a table of Recall@K in percent; `rows` by their title."""
     ks = "".join(f"{f'R@{k}':>8}" for k in KS)
     lines = [f"{name:18} {'image -> text':>24}  {'text -> image':>24}", f"{'Recall, %':18} {ks}  {ks}  {'mean':>8}"]
-    for row, metrics in rows.items():
+    for title, metrics in rows.items():
         txt, img = ("".join(f"{metrics[f'{way}_r{k}']:8.2f}" for k in KS) for way in ("txt", "img"))
-        lines.append(f"{row:18} {txt}  {img}  {metrics['r_mean']:8.2f}")
+        lines.append(f"{title:18} {txt}  {img}  {metrics['r_mean']:8.2f}")
     return lines
 
 
@@ -72,7 +72,7 @@ def within_noise(metrics: dict[str, float], num_images: int, num_texts: int) -> 
     """Whether R@1 and R@10 of both directions are what a random order gives, of `{key}` and `chance_{key}` in percent.
 
     Binomial: a random order's Recall over Q queries has the deviation sqrt(p (1 - p) / Q). Galleries so small that
-    chance is 100 % say nothing, and are not counted.
+    chance is 100 % tell nothing and do not count.
     """
     told = False
     for way, queries in (("txt", num_images), ("img", num_texts)):

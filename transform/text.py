@@ -53,7 +53,7 @@ class TokenizedText(NamedTuple):
 def clean_caption(caption: str, max_words: int = MAX_WORDS) -> str:
     """The caption in lower case, without BLIP's list of punctuation, cut to `max_words` words.
 
-    As in BLIP only runs of two or more white characters become one space: a lone tab or newline inside stays.
+    As in BLIP only runs of two or more whitespace characters become one space: a single tab or newline stays.
     """
     text = _PUNCTUATION.sub(" ", caption.lower())
     text = _SPACES.sub(" ", text).rstrip("\n").strip(" ")
@@ -98,7 +98,7 @@ def tokenize(captions: Sequence[str]) -> TokenizedText:
     if not captions:
         empty = torch.zeros(0, 0, dtype=torch.int64)
         return TokenizedText(empty, empty.clone())
-    # Padding to the longest caption: BLIP pads every batch to 35, which the mask makes equal but slower.
+    # To the longest caption: BLIP pads every batch to 35, which gives the same numbers (masked) and is slower.
     batch = build_tokenizer()(
         list(captions), padding="longest", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
     )
