@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch.distributed.nn.functional import all_gather as gather_with_gradient
 log = logging.getLogger("blip")
 
 PRINT_SECONDS = 10.0  # between lines of progress
+BUCKET_BYTES = 64 << 20  # of gradients that are averaged in one call
 
 # ---- processes ----------------------------------------------------------------------------------------------------
 
@@ -120,7 +121,7 @@ def broadcast_model(model: nn.Module) -> None:
             dist.broadcast(tensor, src=0)
 
 
-def average_gradients(model: nn.Module, bucket_bytes: int = 64 << 20) -> None:
+def average_gradients(model: nn.Module) -> None:
     """Average `.grad` over processes in flat buckets: what DistributedDataParallel does after its last `no_sync` pass.
 
     Done here since one step makes several backward passes through parts of the model, which DDP's hooks do not follow.
@@ -129,8 +130,9 @@ def average_gradients(model: nn.Module, bucket_bytes: int = 64 << 20) -> None:
         return
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     while grads:
-        bucket, size = [], 0
-        while grads and (not bucket or size + grads[0].nbytes <= bucket_bytes):
+        bucket: list[Tensor] = []
+        size = 0
+        while grads and (not bucket or size + grads[0].nbytes <= BUCKET_BYTES):
             bucket.append(grads.pop(0))
             size += bucket[-1].nbytes
         flat = torch.cat([g.flatten() for g in bucket])
@@ -302,8 +304,14 @@ def generator(device: torch.device, *key: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed_from(*key))
 
 
+class HasPrecision(Protocol):
+    """A model whose encoders compute under autocast to this dtype, or as they are when it is None."""
+
+    autocast_dtype: torch.dtype | None
+
+
 @contextmanager
-def precision(model: nn.Module, name: str) -> Iterator[None]:
+def precision(model: HasPrecision, name: str) -> Iterator[None]:
     """Compute in fp32, tf32 (float32 with 10-bit products on tensor cores) or bf16 (autocast of the encoders)."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, model.autocast_dtype
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")

@@ -32,7 +32,7 @@ from benchmarks import set_up
 from benchmarks.rerank_ways import STEPS, restructurings, slow_ways
 from models.blip_retrieval import BLIP_Retrieval
 from retrieval.metrics import retrieval_metrics
-from retrieval.rerank import encode_images, encode_texts, needed_pairs, own_blocks, rank_encoded, shortlist
+from retrieval.rerank import encode_images, encode_texts, needed_pairs, own_blocks, rerank_encoded, shortlist
 from retrieval.scoring import EncodedImages, EncodedTexts, score_pairs
 from training.dry_run import hardware, synthetic_captions
 from transform.text import MAX_TOKENS, TokenizedText
@@ -82,7 +82,7 @@ class Gallery(NamedTuple):
 
 
 def plant_gallery(num_images: int, num_texts: int, vocab_size: int) -> Gallery:
-    """Features in which texts lie around their image and some images are everybody's neighbours; random words."""
+    """Features in which texts lie around their image and some images are near to all texts; random words."""
     rng = np.random.default_rng(0)
     owner = np.arange(num_texts) * num_images // num_texts
     latent = rng.standard_normal((num_images, LATENT))
@@ -159,19 +159,19 @@ def build_inputs(model: BLIP_Retrieval, gallery: Gallery, args: argparse.Namespa
     return Inputs(images, texts, pairs.image, pairs.text)
 
 
-def rank_gallery(model: BLIP_Retrieval, gallery: Gallery, inputs: Inputs, args: argparse.Namespace):
+def rerank_gallery(model: BLIP_Retrieval, gallery: Gallery, inputs: Inputs, args: argparse.Namespace):
     """The whole gallery as `train_retrieval.py` ranks it, but for the planted features."""
     device, order = model.temp.device, torch.from_numpy(inputs.texts.distinct)
     text_feat = torch.empty_like(gallery.text_feat).index_copy_(0, order, gallery.text_feat)
     images = replace(inputs.images, feat=gallery.image_feat.to(device))
     texts = replace(inputs.texts, feat=text_feat.to(device))
-    return rank_encoded(model, images, texts, args.k, args.rerank_tokens, (gallery.image_ids, gallery.text_ids)).itm
+    return rerank_encoded(model, images, texts, args.k, args.rerank_tokens, (gallery.image_ids, gallery.text_ids)).itm
 
 
 def our_work(model: BLIP_Retrieval, gallery: Gallery, inputs: Inputs, args: argparse.Namespace) -> tuple[Callable, int]:
     """What is timed as ours, and its number of pairs: of images that stand for the spread of pairs per image."""
     if args.images >= args.gallery[0]:
-        return lambda: rank_gallery(model, gallery, inputs, args), len(inputs.pair_image)
+        return lambda: rerank_gallery(model, gallery, inputs, args), len(inputs.pair_image)
     per_image = np.bincount(inputs.pair_image, minlength=args.gallery[0])
     chosen = np.argsort(per_image)[((np.arange(args.images) + 0.5) / args.images * args.gallery[0]).astype(int)]
     image = np.repeat(np.arange(args.images), per_image[chosen])
@@ -239,7 +239,7 @@ def comparison(matrices: dict[str, list[np.ndarray]], ids: tuple[np.ndarray, np.
 def full_comparison(model: BLIP_Retrieval, gallery: Gallery, inputs: Inputs, args: argparse.Namespace, ours) -> str:
     """Recall of the whole gallery beside float32's."""
     with precision(model, "fp32"):
-        exact = rank_gallery(model, gallery, inputs, args)
+        exact = rerank_gallery(model, gallery, inputs, args)
     ids = gallery.image_ids, gallery.text_ids
     got, expected = (retrieval_metrics(x.i2t, x.i2t_value, x.t2i, x.t2i_value, *ids) for x in (ours, exact))
     same = "equal" if got == expected else f"DIFFERENT from {expected}"
@@ -319,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ours, our_pairs = our_work(model, gallery, inputs, args)
         with precision(model, args.precision):
             measured = measure({**slow, **steps, "ours": ours}, device, args.repeats)
-            ranking = rank_encoded(model, *small[:2], max(args.small), args.rerank_tokens, small.ids).itm
+            ranking = rerank_encoded(model, *small[:2], max(args.small), args.rerank_tokens, small.ids).itm
         with precision(model, "fp32"):
             exact = [slow[f"published {way}"]() for way in ("i2t", "t2i")] if args.precision != "fp32" else [
                 measured[f"published {way}"].result for way in ("i2t", "t2i")

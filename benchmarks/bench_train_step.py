@@ -64,7 +64,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--micro_batch", type=int, help="samples at once in ours; default: the batch of a rank")
     parser.add_argument("--keep_graphs", default="auto", help="'auto' or a number")
     parser.add_argument("--checkpointing", action="store_true", help="ours recomputes the last 4 image blocks as well")
-    parser.add_argument("--local_negatives", action="store_true", help="negatives from the own rank, as for Flickr30k")
+    parser.add_argument(
+        "--local_negatives", action="store_true", help="negatives from the sample's own rank, as for Flickr30k"
+    )
     parser.add_argument("--compile", action="store_true", help="also time ours with compiled encoders")
     parser.add_argument("--compare", type=int, help="samples of the gradient comparison; default: at most two a rank")
     parser.add_argument("--steps", type=int, default=5, help="timed steps; the median counts")
@@ -109,7 +111,7 @@ def published(model: BLIP_Retrieval, batch: TrainBatch, ranks: int, draw: Callab
 
 
 def first_samples(batch: TrainBatch, count: int, device: torch.device) -> TrainBatch:
-    """The text stays on the host, as from a loader."""
+    """Images and ids on `device`; the text stays on the host, as from a loader."""
     text = TokenizedText(*(x[:count] for x in batch.text))
     return TrainBatch(batch.image[:count].to(device), text, batch.idx[:count].to(device), batch.names[:count])
 
@@ -118,7 +120,7 @@ def first_samples(batch: TrainBatch, count: int, device: torch.device) -> TrainB
 
 
 def same_draw(mask: Tensor) -> Tensor:
-    """One allowed candidate a row, by numbers that depend on nothing but the shape: mask (b, c), true = own image."""
+    """One allowed candidate for each sample, whatever the values: mask (b, c), true = same image, not allowed."""
     noise = torch.rand(mask.shape, generator=torch.Generator().manual_seed(0)).to(mask.device)
     return noise.masked_fill(mask, -1).argmax(1)
 
@@ -312,7 +314,7 @@ def measure(ways: list[Way], args: argparse.Namespace, device: torch.device) -> 
 
 
 def state_megabytes(optimizer: torch.optim.Optimizer) -> float:
-    """What the other ways' optimizers hold is not a way's own."""
+    """What an optimizer holds on the GPU: not counted as memory of the ways that do not use it."""
     return sum(x.nbytes for state in optimizer.state.values() for x in state.values() if x.is_cuda) / 1e6
 
 

@@ -1,4 +1,4 @@
-"""The published algorithms written plainly, on this repository's weights: what fast paths are timed and tested against.
+"""The published algorithms written plainly, on this repository's weights: what fast paths are timed and tested by.
 
 Source: the semantics of salesforce/BLIP's `models/blip_retrieval.py` and `train_retrieval.py` (commit 056a169). Nothing
 is shared with the fast paths but the layers: one pass for each purpose, padding to 35 tokens, image tokens repeated for
@@ -20,8 +20,8 @@ def pad_to_35(text: TokenizedText) -> TokenizedText:
 
 
 def multinomial_loop(weights: Tensor) -> list[int]:
-    """One host-synchronising draw per row."""
-    return [torch.multinomial(row, 1).item() for row in weights]
+    """One draw for each sample (b, c), each of which waits for the device."""
+    return [torch.multinomial(candidates, 1).item() for candidates in weights]
 
 
 @torch.no_grad()

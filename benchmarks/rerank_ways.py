@@ -1,6 +1,7 @@
-"""Ways to score pairs that `bench_evaluate.py` times against `models/rerank.py`, all on the same weights.
+"""Ways to score pairs that `bench_evaluate.py` times against `retrieval/rerank.py`, all on the same weights.
 
-The published loop, transformers driven as it should be, and the restructurings of `models/packed.py` one after another.
+The published loop, transformers with image tokens cached, and the restructurings of `retrieval/scoring.py`, each added
+to those before it.
 
 Shapes: B images and C texts of a small gallery, P pairs of a call, n image tokens, V image width, T text tokens.
 """
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.published import pair_scores
 from checkpoints.huggingface import write_folder
@@ -23,7 +24,7 @@ from transform.text import TokenizedText
 STEPS = ("keys and values once", "no padding", "[ENC] alone", "layer 0 once")
 
 
-def load_transformers(model: BLIP_Retrieval):
+def load_transformers(model: BLIP_Retrieval) -> nn.Module:
     """transformers' class with the same weights."""
     from transformers import BlipForImageTextRetrieval
 
@@ -34,7 +35,9 @@ def load_transformers(model: BLIP_Retrieval):
     return theirs.to(model.temp.device).eval()
 
 
-def transformers_scores(theirs, model: BLIP_Retrieval, tokens: Tensor, text: TokenizedText, which: Tensor) -> Tensor:
+def transformers_scores(
+    theirs: nn.Module, model: BLIP_Retrieval, tokens: Tensor, text: TokenizedText, which: Tensor
+) -> Tensor:
     """Matching logits (P,) of image tokens (P, n, V) and texts `which` (P,), padded to the longest of them."""
     ids, mask = (x[which] for x in text)
     longest = int(mask.sum(1).max())
@@ -49,7 +52,7 @@ def transformers_scores(theirs, model: BLIP_Retrieval, tokens: Tensor, text: Tok
 
 
 def query_by_query(score: Callable[[Tensor, Tensor], Tensor], num_images: int, num_texts: int, i2t: bool) -> Tensor:
-    """Logits (queries, candidates): every query's pairs in a call of their own, `score(images, texts)`."""
+    """Logits (queries, candidates): one call `score(images, texts)` for the pairs of each query."""
     image, text = torch.arange(num_images), torch.arange(num_texts)
     if i2t:
         return torch.stack([score(torch.full_like(text, i), text) for i in image])
@@ -72,7 +75,7 @@ def padded_scores(model: BLIP_Retrieval, tokens: Tensor, text: TokenizedText) ->
 
 
 def unpadded_scores(model: BLIP_Retrieval, tokens: Tensor, text: TokenizedText, cls_only: bool) -> Tensor:
-    """The same without padding, and with [ENC] alone in the last layer, but layer 0's text part for every pair."""
+    """The same without padding and, with cls_only, [ENC] alone in the last layer; layer 0 in full for every pair."""
     lengths = text.attention_mask.sum(1).cpu().numpy()
     order = torch.from_numpy(np.argsort(lengths, kind="stable")).to(tokens.device)
     packed = ScoringTexts(np.zeros(len(lengths), int), np.sort(lengths), tokens.device)
@@ -89,7 +92,7 @@ def unpadded_scores(model: BLIP_Retrieval, tokens: Tensor, text: TokenizedText, 
 
 
 def slow_ways(model: BLIP_Retrieval, tokens: Tensor, text: TokenizedText) -> dict[str, Callable[[], Tensor]]:
-    """Both directions of the small gallery, tokens (B, n, V) and texts (C, 35), by the published loop and by theirs."""
+    """Both directions of the small gallery, tokens (B, n, V) and texts (C, 35): published loop and transformers."""
     theirs, ids = load_transformers(model), as_match_input(text)
 
     def published(image: Tensor, which: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Files from an address: downloaded once per folder, however many processes ask, and resumed when cut.
+"""Files from an address: downloaded once per folder, however many processes ask, and resumed when cut off.
 
 Addresses of the released files: https://github.com/salesforce/BLIP (README). No hashes were published with them: a file
 is checked against the server's Content-Length, and against `<file>.sha256` where one lies beside it.
@@ -86,7 +86,7 @@ def _fetch(address: str, folder: Path) -> Path:
 def fetch_to(address: str, path: Path, check: Callable[[Path], None] = lambda part: None) -> None:
     """Download `address` to `path` unless it is there: to `<name>.part`, which a later call completes, then renamed.
 
-    `check` raises ValueError for a complete file that is not what was wanted; that one is not kept. Raises ValueError
+    `check` raises ValueError for a complete file that is not what was wanted, which is then not kept. Raises ValueError
     for what the network or a lack of room can cause, OSError for what the disk can.
     """
     if path.exists():
@@ -131,7 +131,7 @@ def _file_name(address: str) -> str:
 
 def _download(address: str, part: Path) -> None:
     """Complete `part`, over several connections if they break."""
-    error = None
+    error: object = None  # of the last attempt, for the message
     for attempt in range(ATTEMPTS):
         if attempt:
             log.warning("%s: connection lost at %d bytes (%s), trying again", address, _size(part), error)
@@ -143,7 +143,7 @@ def _download(address: str, part: Path) -> None:
             if answer.code == 416:  # nothing lies behind the part's end
                 if answer.headers.get("Content-Range", "").endswith(f"/{_size(part)}"):
                     return
-                part.unlink()  # longer than the file: the beginning of another one
+                part.unlink()  # longer than the file: the part is of another one
             elif answer.code < 500:
                 raise ValueError(f"{address}: answer {answer.code} {answer.reason}: check the address.") from None
             error = answer

@@ -83,7 +83,7 @@ def _rename_key(key: str, to_official: bool) -> str | None:
 def write_folder(folder: Path, state: dict[str, Tensor], med: MedConfig, name: str) -> None:
     """Write a folder that `BlipForImageTextRetrieval.from_pretrained` loads, from official tensors of the file `name`.
 
-    Each of its two files replaces a former one at once, the tensors first.
+    Each of its two files replaces a former one in one step, the tensors first.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file; name the folder to write to.")
@@ -112,7 +112,7 @@ def _to_hf_config(sizes: Sizes, med: MedConfig, temp: float, dtype: torch.dtype)
     from transformers import BlipConfig  # seconds to import
 
     text = {field.name: getattr(med, field.name) for field in fields(MedConfig) if field.name != "encoder_width"}
-    config = BlipConfig(
+    config = BlipConfig(  # type: ignore[call-arg]  # `temp`: it keeps keys that it does not know
         text_config=text | {"encoder_hidden_size": sizes.width, "is_decoder": True},  # True: with cross-attention
         vision_config={
             "hidden_size": sizes.width,

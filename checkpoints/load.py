@@ -7,10 +7,11 @@ What formats look like is known by `weights.py` (.pth), `huggingface.py`, `runs.
 import logging
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from checkpoints.download import local_path
 from checkpoints.huggingface import CONFIG, read_folder
+from checkpoints.protocol import RetrievalModel
 from checkpoints.runs import BEST, find_runs
 from checkpoints.weights import (
     POS_EMBEDS,
@@ -32,8 +33,8 @@ log = logging.getLogger(__name__)
 class LoadReport:
     """What became of the tensors, by official name; `kind` says what the file is.
 
-    loaded: as they are; resampled: loaded after resampling; seeded: momentum twins set to the online weights;
-    ignored: in the file only; missing: queues, which stay as the model built them.
+    loaded: as they are; resampled: position embeddings of another image size; seeded: momentum twins that start at the
+    online weights; ignored: not used, though in the file; missing: queues, which stay as the model made them.
     """
 
     loaded: list[str] = field(default_factory=list)
@@ -68,10 +69,10 @@ def open_weights(source: str, cache_dir: str = "") -> WeightFile:
     return read_folder(path) if path.is_dir() else read_weights(path)
 
 
-def load_pretrained(model: nn.Module, source: str, cache_dir: str = "") -> LoadReport:
+def load_pretrained(model: RetrievalModel, source: str, cache_dir: str = "") -> LoadReport:
     """Load foreign weights into the model: everything but the queues, and nothing silently.
 
-    ValueError for a file that is damaged, of other sizes, or that lacks or adds anything else.
+    ValueError for a file that is damaged, has other sizes, or has a tensor too many or too few.
     """
     file = open_weights(source, cache_dir)
     require_equal_heads(file, model.text_encoder.config)
@@ -88,7 +89,7 @@ def load_pretrained(model: nn.Module, source: str, cache_dir: str = "") -> LoadR
 
 
 def fit(file: WeightFile, target: dict[str, Tensor]) -> tuple[dict[str, Tensor], LoadReport]:
-    """The file's tensors in `target`'s shapes, and the report of doing so; ValueError unless they are a whole model."""
+    """The file's tensors in `target`'s shapes, and a report; ValueError unless they make a whole model."""
     require_equal_sizes(read_sizes(file.state, file.name), read_sizes(target, "the model"), file.name)
     state = {key: value for key, value in file.state.items() if key not in QUEUES}
     resampled = [key for key in POS_EMBEDS if key in state and state[key].shape[1] != target[key].shape[1]]

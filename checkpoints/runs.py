@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
+from checkpoints.protocol import RetrievalModel
 from checkpoints.weights import DamagedFile, few, read_pth
 from utils import get_world_size, is_main
 
@@ -43,7 +44,7 @@ class RunState:
     step: int = 0
     best: float = 0.0
     best_epoch: int = -1
-    momentum_moved: bool = False  # of the next step, which was left after its twins had moved
+    momentum_moved: bool = False  # the next step was begun and left: its twins have moved
     meters: dict[str, Any] = field(default_factory=dict)
 
 
@@ -51,9 +52,9 @@ class RunState:
 
 
 def save_checkpoint(
-    path: str | Path, model: nn.Module, optimizer: Optimizer, config: dict[str, Any], epoch: int, **extra: Any
+    path: str | Path, model: RetrievalModel, optimizer: Optimizer, config: dict[str, Any], epoch: int, **extra: Any
 ) -> None:
-    """Write the official layout and `extra` in one step that either happens or does not; by rank 0 only.
+    """Write the official layout and `extra` atomically; on rank 0 only.
 
     OSError when the disk is full or fails: a former file of that name is still there then.
     """
@@ -88,7 +89,7 @@ def _sync(path: Path) -> None:
 
 
 def _require_plain(value: Any, where: str = "checkpoint") -> None:
-    """A save with any other object in it could not be read back: loading refuses pickled objects."""
+    """TypeError for any other object: it could not be read back, as loading refuses pickled objects."""
     if isinstance(value, dict):
         for key, item in value.items():
             _require_plain(item, f"{where}[{key!r}]")
@@ -101,7 +102,7 @@ def _require_plain(value: Any, where: str = "checkpoint") -> None:
 
 def save_run(
     folder: str | Path,
-    model: nn.Module,
+    model: RetrievalModel,
     optimizer: Optimizer,
     config: dict[str, Any],
     state: RunState,
@@ -116,7 +117,7 @@ def save_run(
             leftover.unlink()
         runs = find_runs(folder)
         place = runs.index(path)
-        for later in runs[:place]:  # damaged, or of a line that was given up by resuming an earlier save
+        for later in runs[:place]:  # damaged, or left behind when an earlier save was resumed
             log.warning("%s is ahead of this run: kept as %s.aside", later, later.name)
             later.rename(later.with_name(later.name + ".aside"))
         for older in runs[place + max(1, keep_last) :]:
@@ -134,7 +135,7 @@ def find_runs(folder: str | Path) -> list[Path]:
 
 
 def resume(
-    source: str, folder: str | Path, model: nn.Module, optimizer: Optimizer, config: dict[str, Any]
+    source: str, folder: str | Path, model: RetrievalModel, optimizer: Optimizer, config: dict[str, Any]
 ) -> RunState | None:
     """Continue from the file `source`, or under 'auto' from the newest readable save in `folder`; None if it has none.
 
@@ -153,7 +154,7 @@ def resume(
     return None
 
 
-def load_run(path: Path, model: nn.Module, optimizer: Optimizer, config: dict[str, Any]) -> RunState:
+def load_run(path: Path, model: RetrievalModel, optimizer: Optimizer, config: dict[str, Any]) -> RunState:
     """Restore weights, twins, queues and optimizer; ValueError, with nothing restored, unless everything fits.
 
     Learning rates come back as saved; an optimizer's other options are those of the current config.
@@ -205,7 +206,7 @@ def _require_same_experiment(path: Path, data: dict[str, Any], config: dict[str,
         )  # fmt: skip
 
 
-def _require_fit(path: Path, data: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> None:
+def _require_fit(path: Path, data: dict[str, Any], model: RetrievalModel, optimizer: Optimizer) -> None:
     """Everything `load_run` is about to write has the shape it will be written to."""
     target = {key: value.shape for key, value in model.state_dict().items()}
     saved = {key: value.shape for key, value in data["model"].items()}

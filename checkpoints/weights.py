@@ -64,8 +64,8 @@ class WeightFile:
 def read_pth(path: Path, check_sums: bool = False) -> dict[str, Any]:
     """Everything in a `.pth`, tensors on the CPU and mapped from the file where its format allows.
 
-    `check_sums` compares the CRC-32 of every record, which torch.load does not. DamagedFile for what is no checkpoint,
-    ValueError for one that holds objects other than tensors and plain values.
+    `check_sums` compares the CRC-32 of every record, which torch.load does not. DamagedFile if it is no checkpoint,
+    ValueError if it holds objects other than tensors and plain values.
     """
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file.")
@@ -113,7 +113,7 @@ def _refuse_text(path: Path, head: bytes) -> None:
 
 
 def read_weights(path: Path) -> WeightFile:
-    """The weights of a `.pth`: under `model` as BLIP saves them, or the whole file a dictionary of tensors."""
+    """The weights of a `.pth`: under `model` as BLIP saves them, or the whole file is a dictionary of tensors."""
     data = read_pth(path)
     state = data.get("model", data)
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
@@ -125,7 +125,7 @@ def read_weights(path: Path) -> WeightFile:
 
 
 def official_names(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Without wrappers' prefixes and what retrieval ignores: (state, ignored keys). Queues stay."""
+    """(state, ignored keys): without wrappers' prefixes and without what retrieval ignores. Queues stay."""
     for prefix in WRAPPERS:
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
@@ -183,7 +183,7 @@ def read_sizes(state: dict[str, Tensor], name: str) -> Sizes:
 
 
 def require_equal_sizes(file: Sizes, wanted: Sizes, name: str) -> None:
-    """ValueError that says which config key to change, unless the file's model is the wanted one (any image size)."""
+    """ValueError naming the config key to change if the file's model has other sizes; image sizes may differ."""
     if (file.width, file.depth) != (wanted.width, wanted.depth):
         what = f"set `vit: {file.vit}`" if file.vit else f"known are {', '.join(VIT_SIZES)}"
         raise ValueError(f"{name}: the file holds {file.vit_words}, the config asks for {wanted.vit_words}: {what}.")
@@ -212,10 +212,10 @@ def _grid(tokens: int, name: str) -> int:
     return side
 
 
-def few(keys: Iterable[str], limit: int = 10) -> str:
+def few(keys: Iterable[object], limit: int = 10) -> str:
     """The first keys, and how many more there are."""
-    keys = [str(key) for key in keys]
-    return ", ".join(keys[:limit]) + (f" and {len(keys) - limit} more" if len(keys) > limit else "")
+    words = [str(key) for key in keys]
+    return ", ".join(words[:limit]) + (f" and {len(words) - limit} more" if len(words) > limit else "")
 
 
 # ---- position embeddings --------------------------------------------------------------------------------------------

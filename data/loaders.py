@@ -64,7 +64,7 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
 class Loader(DataLoader):
     """A DataLoader whose workers' ValueErrors arrive as the one paragraph they are, without the worker's traceback."""
 
-    def __iter__(self) -> Iterator:
+    def __iter__(self) -> Iterator:  # type: ignore[override]  # a generator around torch's own iterator
         paragraph = None
         try:
             yield from super().__iter__()

@@ -25,11 +25,11 @@ def convert(source: Path, folder: Path) -> list[Path]:
     rows: dict[str, list[dict]] = {split: [] for split in SPLITS}
     running = 0  # image_id where none is published, as for Flickr30k
     for number, entry in enumerate(entries, 1):
-        split, image, image_id, captions = _entry(source, number, entry, dataset)
+        split, image, published_id, captions = _entry(source, number, entry, dataset)
         if split != "train":
             rows[split].append({"image": image, "caption": captions})
             continue
-        image_id = running if image_id is None else image_id
+        image_id = running if published_id is None else published_id
         rows["train"] += [{"caption": caption, "image": image, "image_id": image_id} for caption in captions]
         running += 1
     lacking = [split for split in SPLITS if not rows[split]]

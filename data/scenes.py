@@ -253,7 +253,8 @@ def ensure_scenes(root: Path, seed: int = 0) -> Path:
 def _write(folder: Path, seed: int) -> None:
     """Draw the three splits into a new folder."""
     folder.mkdir()
-    stamp, used = stamp_of(seed), set()
+    stamp = stamp_of(seed)
+    used: set[Scene] = set()
     total = sum(stamp["images"].values())
     logger.info("drawing the data set `scenes`: %d pictures of %d x %d pixels", total, SIDE, SIDE)
     progress = Progress("drawing", total, "pictures")

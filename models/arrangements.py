@@ -1,7 +1,7 @@
 """Three arrangements of the tokens of many texts. The layers of `models/med.py` run on any of them.
 
-A layer computes its linear parts on whatever rows it is handed; only attention must know which rows belong together.
-That is what an arrangement knows, and all it knows:
+A layer's linear parts take tokens in any layout; only attention must know which tokens belong together. That is what an
+arrangement knows, and all it knows:
 
     PlainTexts      a rectangle (P, L) with a mask: the published way, what the others are tested against
     TrainingTexts   no padding in the linear layers; attention works on rectangles that tokens are scattered into,
@@ -86,7 +86,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, dropout: float, mask: T
 
 
 class TrainingTexts:
-    """Tokens (T, D) text after text; attention scatters them into rectangles, one row a text or one row an image.
+    """Tokens (T, D) text after text; attention scatters them into rectangles, a row for each text or for each image.
 
     Cross-attention has no mask, so all tokens that look at one image are one query sequence against it.
     """
@@ -98,10 +98,10 @@ class TrainingTexts:
         image_of_text: Sequence[int] | None = None,
         num_images: int = 0,
     ):
-        """`lengths` (P,) on the host; `image_of_text` (P,), ascending in [0, num_images): whom each text looks at."""
+        """`lengths` (P,) on the host; `image_of_text` (P,), the image of each, ascending in [0, num_images)."""
         length_of_text = np.asarray(lengths)
         self.num_texts, self.length = len(length_of_text), int(length_of_text.max())
-        first_token = np.cumsum(length_of_text) - length_of_text  # (P,) row of each text's first token
+        first_token = np.cumsum(length_of_text) - length_of_text  # (P,) index of each text's first token
         text_of_token = np.repeat(np.arange(self.num_texts), length_of_text)  # (T,)
         place_in_text = np.arange(len(text_of_token)) - first_token[text_of_token]  # (T,) 0, 1, ... within its text
         index = [length_of_text, first_token, text_of_token * self.length + place_in_text]
@@ -143,15 +143,15 @@ class TrainingTexts:
 
 
 def _slots(group: np.ndarray, num_groups: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """Places of rows, in ascending order of their group, in a rectangle (num_groups, size of the largest group)."""
+    """Where members, sorted by their `group`, go in a rectangle (num_groups, size of the largest), and its shape."""
     count = np.bincount(group, minlength=num_groups)
-    first = np.cumsum(count) - count  # row at which each group starts
+    first = np.cumsum(count) - count  # (num_groups,) place of each group's first member
     place_in_group = np.arange(len(group)) - first[group]
     return group * count.max() + place_in_group, (num_groups, int(count.max()))
 
 
 def _rectangle(x: Tensor, slots: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Rows (R, D) at their slots of a rectangle (*shape, D), zeros elsewhere."""
+    """Vectors (k, D) at their slots (k,) of a rectangle (*shape, D), zeros elsewhere."""
     return x.new_zeros(shape[0] * shape[1], x.shape[1]).index_copy(0, slots, x).unflatten(0, shape)
 
 
@@ -159,15 +159,15 @@ def _rectangle(x: Tensor, slots: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 class ScoringTexts:
-    """Tokens (T, D) by text length; texts of one length are a rectangle, tokens that look at one image one sequence."""
+    """Tokens (T, D), shortest texts first. Texts of one length make a rectangle, tokens of one image a sequence."""
 
     def __init__(self, image: np.ndarray, lengths: np.ndarray, device: torch.device):
         """`image` (P,) in [0, m) and `lengths` (P,) of the texts, in length order."""
         self.num_texts = len(lengths)
         self.groups = [(int(n), int(length)) for length, n in zip(*np.unique(lengths, return_counts=True), strict=True)]
-        first_token = np.cumsum(lengths) - lengths  # (P,) row of each text's first token
-        texts = np.argsort(image, kind="stable")  # by image
-        tokens = ranges(first_token[texts], lengths[texts])  # rows of their tokens, by image
+        first_token = np.cumsum(lengths) - lengths  # (P,) index of each text's first token
+        texts = np.argsort(image, kind="stable")  # (P,) by image
+        tokens = ranges(first_token[texts], lengths[texts])  # (T,) indices of their tokens, by image
         self.first_token = on_device(device, first_token)
         self.texts_by_image = _Order(texts, np.bincount(image), device)
         self.tokens_by_image = _Order(tokens, np.bincount(image, lengths).astype(int), device)
@@ -199,10 +199,10 @@ class ScoringTexts:
 
 
 class _Order:
-    """Rows sorted by image, and back."""
+    """Sorts tokens, or texts, by image, and puts them back."""
 
     def __init__(self, order: np.ndarray, counts: np.ndarray, device: torch.device):
-        """`order`: which row comes at each place; `counts` (m,): rows of each image."""
+        """`order`: what comes at each place; `counts` (m,): how many belong to each image."""
         self.counts = counts.tolist()
         self.trivial = bool((np.diff(order) > 0).all())
         if not self.trivial:

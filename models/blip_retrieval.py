@@ -31,8 +31,13 @@ class BLIP_Retrieval(nn.Module):
     """The retrieval model of BLIP.
 
     `med_config` is a JSON file's path or a MedConfig; its `encoder_width` follows the ViT. `negative_all_rank` decides
-    whether hard negatives come from all ranks (COCO) or from the sample's own (Flickr30k).
+    whether hard negatives come from all ranks (COCO) or only from the sample's own rank (Flickr30k).
     """
+
+    image_queue: Tensor  # (E, Q)
+    text_queue: Tensor  # (E, Q)
+    idx_queue: Tensor  # (1, Q)
+    ptr_queue: Tensor  # (1,) the slot to be written next
 
     def __init__(
         self,
@@ -88,13 +93,13 @@ class BLIP_Retrieval(nn.Module):
 
         Returns (loss_ita, loss_itm) of this process, to be averaged over processes. It clamps the temperature, moves
         the momentum twins and writes the queues, so call it once a step. `training.step.train_step` computes the same
-        in micro-batches. ValueError where all that a sample may draw shows the sample's own image.
+        in micro-batches. ValueError when a sample has no negative: all it may draw have its own image id.
         """
         text = caption if isinstance(caption, TokenizedText) else tokenize(caption)
         text = text.padded().to(image.device)  # (b, 35), so that processes can exchange them
         b = len(image)
 
-        # 1. Features, of both encoders and of their momentum twins, which first move towards them.
+        # 1. Features of both encoders, then of their momentum twins, which move towards them first.
         self.clamp_temp()
         image_tokens = self.encode_image(image)  # (b, N, V)
         image_feat = self.image_feature(image_tokens)  # (b, E)
@@ -102,7 +107,7 @@ class BLIP_Retrieval(nn.Module):
         self.update_momentum()
         image_feat_m, text_feat_m = self.momentum_features(image, text)  # (b, E), (b, E)
 
-        # 2. Contrast (ITC) with the momentum features of the own batch, and of the queue as it stood.
+        # 2. Contrast (ITC) with the momentum features of this batch, and with the queue before this batch enters it.
         image_all = torch.cat([image_feat_m.T, self.image_queue], dim=1)  # (E, b + Q)
         text_all = torch.cat([text_feat_m.T, self.text_queue], dim=1)  # (E, b + Q)
         same = itc.positives(idx, idx.expand(b, b), self.idx_queue)  # (b, b + Q)
@@ -111,7 +116,7 @@ class BLIP_Retrieval(nn.Module):
         self.enqueue(all_gather(image_feat_m), all_gather(text_feat_m), all_gather(idx))
 
         # 3. Hard negatives: each text draws an image, then each image a text; the more similar, the likelier.
-        gather, gather_tokens = _own, _own  # among the c = b samples of the own rank ...
+        gather, gather_tokens = _own, _own  # among the c = b samples of this rank ...
         if self.negative_all_rank:
             gather, gather_tokens = all_gather, all_gather_with_gradient  # ... or among those of all ranks
         all_idx = gather(idx)  # (c,)
@@ -182,8 +187,8 @@ class BLIP_Retrieval(nn.Module):
     @torch.no_grad()
     def update_momentum(self) -> None:
         """twin <- momentum * twin + (1 - momentum) * online, for all parameters in a few kernels."""
-        online = [p for module, _ in self.twins() for p in module.parameters()]
-        twin = [p for _, module in self.twins() for p in module.parameters()]
+        online: list[Tensor] = [p for module, _ in self.twins() for p in module.parameters()]
+        twin: list[Tensor] = [p for _, module in self.twins() for p in module.parameters()]
         torch._foreach_lerp_(twin, online, 1 - self.momentum)
 
     @torch.no_grad()
@@ -222,7 +227,7 @@ def _feature(proj: nn.Linear, states: Tensor) -> Tensor:
 
 
 def _own(x: Tensor) -> Tensor:
-    """Gathering among this rank alone."""
+    """Stands in for all_gather where only this rank's samples may be drawn."""
     return x
 
 

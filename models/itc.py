@@ -2,7 +2,7 @@
 
 Sources: Li et al. 2021 (ALBEF, arXiv 2107.07651, section 3.2 and 3.3), BLIP's `models/blip_retrieval.py`.
 
-Shapes: m images or texts whose loss is wanted, b the batch of their own rank, Q queue size, E embedding width.
+Shapes: m images or texts whose loss is wanted, b samples of a rank's batch, Q queue size, E embedding width.
 """
 
 import torch
@@ -13,22 +13,22 @@ EMPTY = -100  # id of a queue slot that nothing was written to yet
 
 
 def similarities(feat: Tensor, own_m: Tensor, queue: Tensor) -> Tensor:
-    """Cosines with the other modality's momentum features: those of the own rank's batch, then those in the queue.
+    """Cosines with the other modality's momentum features: those of the sample's own rank, then those in the queue.
 
-    feat (m, E), own_m (m, b, E) as each may be of another rank, queue (E, Q) -> (m, b + Q).
+    feat (m, E), own_m (m, b, E) since the m samples may lie on several ranks, queue (E, Q) -> (m, b + Q).
     """
     return torch.cat([torch.einsum("me,mbe->mb", feat, own_m), feat @ queue], dim=1)
 
 
 def positives(idx: Tensor, own_idx: Tensor, idx_queue: Tensor) -> Tensor:
-    """Uniform mass over columns that show the same image: idx (m,), own_idx (m, b), idx_queue (1, Q) -> (m, b + Q)."""
-    columns = torch.cat([own_idx, idx_queue.expand(len(idx), -1)], dim=1)
-    same = (columns == idx[:, None]).float()
+    """Equal shares for the columns of the same image: idx (m,), own_idx (m, b), idx_queue (1, Q) -> (m, b + Q)."""
+    columns = torch.cat([own_idx, idx_queue.expand(len(idx), -1)], dim=1)  # (m, b + Q)
+    same = (columns == idx[:, None]).float()  # (m, b + Q)
     return same / same.sum(1, keepdim=True)
 
 
 def soft_targets(sim_m: Tensor, positive: Tensor, temp: Tensor, alpha: float) -> Tensor:
-    """alpha parts of the momentum encoders' own belief, the rest the positives; all (m, b + Q)."""
+    """A share alpha of what the momentum encoders believe, the rest from the positives; all (m, b + Q)."""
     return alpha * F.softmax(sim_m / temp, dim=1) + (1 - alpha) * positive
 
 
@@ -38,7 +38,7 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def contrastive_loss(sim: Tensor, sim_m: Tensor, positive: Tensor, temp: Tensor, alpha: float) -> Tensor:
-    """One value for each image or text, (m,), of online and momentum cosines and positives, all (m, b + Q)."""
+    """Loss of each image or text, (m,), from online cosines, momentum cosines and positives, all (m, b + Q)."""
     with torch.no_grad():
         targets = soft_targets(sim_m, positive, temp, alpha)
     return soft_cross_entropy(sim / temp, targets)

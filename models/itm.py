@@ -13,13 +13,13 @@ from torch.nn import functional as F
 
 PAIRS_PER_SAMPLE = 3  # one match, one negative image, one negative text
 NO_NEGATIVE = (
-    "a sample had no negative, as all images it could draw show the same one. Use a larger batch or give different "
-    "images different image_id."
+    "a sample had no negative: everything it could draw belongs to the same image. Use a larger batch, or give "
+    "different images different image_id."
 )
 
 
 def matching_loss(logits: Tensor, label: Tensor) -> Tensor:
-    """One value for each pair, (P,), of logits (P, 2) and labels (P,), 1 = match."""
+    """Loss of each pair, (P,), from logits (P, 2) and labels (P,), 1 = match."""
     return F.cross_entropy(logits, label, reduction="none")
 
 
@@ -37,23 +37,23 @@ def sample_negatives(
     temp: Tensor,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draw one candidate for each sample from softmax(similarity / temp) without those of the sample's own image.
+    """Draw one candidate for each sample from softmax(similarity / temp), leaving out those of the same image id.
 
-    feat (r, E), candidates (c, E), idx (r,), candidate_idx (c,) -> drawn index (r,), whether one existed (r,).
+    feat (r, E), candidates (c, E), idx (r,), candidate_idx (c,) -> drawn index (r,), whether there was any (r,).
     In log space, so that nothing underflows at low temperatures (BLIP's softmax then fails in torch.multinomial), and
     without a host sync: a sample with no candidate gets index 0 and False.
     """
     logits = feat @ candidates.T / temp  # (r, c)
-    same = idx[:, None] == candidate_idx
+    same = idx[:, None] == candidate_idx  # (r, c)
     drawn = logits + gumbel(logits.shape, logits.device, generator).to(logits.dtype)
     return drawn.masked_fill(same, -torch.inf).argmax(1), ~same.all(1)
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Image-text pairs of some images: parallel host lists. `image` counts from the first image of the micro-batch."""
+    """The pairs of a micro-batch of images, as parallel lists on the host."""
 
-    image: list[int]
+    image: list[int]  # index into the images of the micro-batch
     text: list[int]  # index into the gathered texts of all ranks
     label: list[int]  # 1 = match
     owner: list[int]  # index of the sample whose loss the pair belongs to
@@ -62,8 +62,8 @@ class Pairs:
 def pairs_by_image(first: int, last: int, negative_image: list[int], negative_text: list[int]) -> Pairs:
     """All pairs that touch images first..last-1 (indices over all ranks).
 
-    An image meets its own text, the text it drew, and every text that drew it. Over all images these are BLIP's three
-    pairs a sample, in another order: each pair touches one image, so no image is encoded for two of them.
+    An image is paired with its own text, the text it drew, and every text that drew it. Over all images these are
+    BLIP's three pairs a sample, in another order: as each pair has one image, no pair needs two micro-batches.
     """
     drew: dict[int, list[int]] = {}
     for text, image in enumerate(negative_image):

@@ -46,7 +46,8 @@ def load(
     """Open a checkpoint to use it: a `.pth` of any known layout, a run or Hugging Face folder, a released file's name.
 
     The model has the sizes that the file states. A file without them, such as a released one, has published sizes,
-    known by its shapes; should they not tell all, ValueError asks for `config`, a YAML with `vit` and `med_config`.
+    known by its shapes; where these do not tell everything, ValueError asks for `config`, a YAML with `vit` and
+    `med_config`.
     `precision`: fp32, tf32 or bf16, as in the YAML.
     """
     if precision not in PRECISIONS:
@@ -60,7 +61,7 @@ def load(
     weights = {key: value.to(device, torch.float32, copy=True) for key, value in own.items()}
     for key, value in model.state_dict().items():
         if key.startswith(TWINS):
-            weights[key] = weights[key.replace("_m.", ".", 1)]  # in no use here: the same memory
+            weights[key] = weights[key.replace("_m.", ".", 1)]  # not used here: share the memory
         elif key in QUEUES:
             weights[key] = torch.zeros_like(value, device=device)
     model.load_state_dict(weights, assign=True)
@@ -122,7 +123,7 @@ class Blip:
             yield
 
     def _cat(self, parts: Iterable[Tensor]) -> Tensor:
-        """Features in batches (b, E) -> (N, E), also of nothing.
+        """Features in batches (b, E) -> (N, E), N may be 0.
 
         Joined outside of inference mode, so that the caller may train something on them.
         """

@@ -9,6 +9,9 @@ Shapes: P texts (one for each image-text pair when matching), L tokens, D hidden
 m images, N image tokens, V image width.
 """
 
+from collections.abc import Callable, Sequence
+from typing import cast
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -49,7 +52,7 @@ class Attention(nn.Module):
         self.self = AttentionProjections(config.hidden_size, kv_width)
         self.output = ResidualOutput(config.hidden_size, config)
 
-    def forward(self, x: Tensor, source: Tensor, attend) -> Tensor:
+    def forward(self, x: Tensor, source: Tensor, attend: Callable[..., Tensor]) -> Tensor:
         proj = self.self
         dropout = self.drop if self.training else 0.0
         context = attend(proj.query(x), proj.key(source), proj.value(source), self.heads, dropout)
@@ -78,7 +81,7 @@ class BertLayer(nn.Module):
         self.output = ResidualOutput(config.intermediate_size, config)
 
     def text_part(self, x: Tensor, texts: Arrangement, cls_only: bool = False) -> Tensor:
-        """Self-attention; with cls_only of the first token alone (keys and values of all)."""
+        """Self-attention; with cls_only the first token of each text is the only query."""
         return self.attention(texts.first(x) if cls_only else x, x, texts.attend_text)
 
     def image_part(self, x: Tensor, texts: Arrangement, image_tokens: Tensor | None) -> Tensor:
@@ -108,11 +111,12 @@ class Encoder(nn.Module):
 
     def __init__(self, config: MedConfig):
         super().__init__()
-        self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+        layers = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+        self.layer = cast("Sequence[BertLayer]", layers)
 
 
 class BertModel(nn.Module):
-    """The text encoder; without image tokens it is BERT, with them every layer looks at the image too."""
+    """The text encoder: BERT without image tokens; with them every layer looks at the image too."""
 
     def __init__(self, config: MedConfig):
         super().__init__()
@@ -128,9 +132,9 @@ class BertModel(nn.Module):
         arrangement: WholeArrangement | None = None,
         cls_only: bool = False,
     ) -> Tensor:
-        """ids (P, L), image tokens (m, N, V) -> (P, L, D); with cls_only (P, 1, D), the last layer's rest not computed.
+        """ids (P, L), image tokens (m, N, V) -> (P, L, D); with cls_only (P, 1, D), all the last layer computes.
 
-        Without an arrangement texts are a masked rectangle, and text p looks at image p.
+        Without an arrangement texts are a rectangle with a mask, and text p looks at image p.
         """
         texts = arrangement or PlainTexts(text.attention_mask)
         x = texts.pack(self.embeddings(text.input_ids))

@@ -102,7 +102,7 @@ def draw(title: str, answers: Sequence[Answer], pictures: Sequence[Sequence[Imag
     return sheet
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=size)
 
 
@@ -134,7 +134,7 @@ def _fit(image: Image.Image) -> Image.Image:
     return ImageOps.posterize(ImageOps.pad(image, (SIDE, SIDE), Image.Resampling.LANCZOS, color=PAPER), 6)
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
     """Lines of whole words that are at most `width` pixels wide, where words allow."""
     lines: list[str] = []
     for word in text.split():

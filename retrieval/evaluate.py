@@ -32,7 +32,7 @@ def evaluate_only(
     log.info("weights: %s (%s)", source or "random", why)
     if source:
         load_pretrained(model, source, cfg.cache_dir)
-    stats = {}
+    stats: dict[str, float] = {}
     with StopSignal() as stop:
         try:
             for split, annotations in splits.items():

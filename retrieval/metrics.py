@@ -2,7 +2,7 @@
 
 A candidate is right when its id equals the query's: several captions of an image, and several images of one id, are all
 right answers. The place of a query's answer is the number of candidates that score better than the best right one; on a
-tie the lower gallery index comes first. A right answer outside the shortlist is not found at any K. (BLIP sorts dense
+tie the lower gallery index comes first. A right answer outside the shortlist is not found at any K. (BLIP sorts whole
 rows with numpy's unstable argsort, so its ties are undefined; without ties the numbers are the same.)
 
 Shapes: Q queries, G gallery, k shortlist.
@@ -13,6 +13,7 @@ from math import comb
 import numpy as np
 
 KS = (1, 5, 10)  # the K of Recall@K
+NOISE_SIGMAS = 2.0  # a Recall nearer to chance than so many deviations may be luck
 NOT_FOUND = np.iinfo(np.int64).max
 
 
@@ -58,20 +59,20 @@ def chance_metrics(image_ids: np.ndarray, text_ids: np.ndarray) -> dict[str, flo
 
 
 def recall_table(name: str, rows: dict[str, dict[str, float]]) -> list[str]:
-    """Lines with Recall@K in percent, one for each way to rank."""
+    """The lines of a table of Recall@K in percent; `rows` by their title."""
     ks = "".join(f"{f'R@{k}':>8}" for k in KS)
     lines = [f"{name:18} {'image -> text':>24}  {'text -> image':>24}", f"{'Recall, %':18} {ks}  {ks}  {'mean':>8}"]
-    for row, metrics in rows.items():
+    for title, metrics in rows.items():
         txt, img = ("".join(f"{metrics[f'{way}_r{k}']:8.2f}" for k in KS) for way in ("txt", "img"))
-        lines.append(f"{row:18} {txt}  {img}  {metrics['r_mean']:8.2f}")
+        lines.append(f"{title:18} {txt}  {img}  {metrics['r_mean']:8.2f}")
     return lines
 
 
-def within_noise(metrics: dict[str, float], num_images: int, num_texts: int, sigmas: float = 2.0) -> bool:
+def within_noise(metrics: dict[str, float], num_images: int, num_texts: int) -> bool:
     """Whether R@1 and R@10 of both directions are what a random order gives, of `{key}` and `chance_{key}` in percent.
 
     Binomial: a random order's Recall over Q queries has the deviation sqrt(p (1 - p) / Q). Galleries so small that
-    chance is 100 % say nothing, and are not counted.
+    chance is 100 % tell nothing and do not count.
     """
     told = False
     for way, queries in (("txt", num_images), ("img", num_texts)):
@@ -80,7 +81,7 @@ def within_noise(metrics: dict[str, float], num_images: int, num_texts: int, sig
             deviation = (max(chance * (1 - chance), 0.0) / queries) ** 0.5
             if deviation < 1e-6:
                 continue
-            if abs(got - chance) >= sigmas * deviation:
+            if abs(got - chance) >= NOISE_SIGMAS * deviation:
                 return False
             told = True
     return told

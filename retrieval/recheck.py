@@ -1,9 +1,9 @@
 """Recall of float32 from scores in bfloat16: which pairs to score again, so that no Recall@K depends on the rounding.
 
 A query counts for Recall@K when fewer than K wrong candidates score above its best right one. The right candidates are
-scored again in float32, and a random sample, which measures bfloat16's error. After that only those candidates matter
-that lie so near to the best right one that the error could have put them on its wrong side, and only where a Recall@K
-hangs on them. Not proven but checked: every pair that is scored again tells whether the margin held.
+scored again in float32, as is a random sample, which measures bfloat16's error. After that the only candidates that
+matter are those so near to the best right one that the error may have put them on the wrong side of it, and only where
+a Recall@K depends on them. This is not proven but checked: every pair scored again tells whether the margin held.
 
 Shapes: P pairs, Q queries, k shortlist.
 """
@@ -38,13 +38,13 @@ def recheck_in_float32(
     """
     scores, known = screened.copy(), np.zeros(len(screened), dtype=bool)
     pending, margin, violations = _first_pairs(len(screened), directions), 0.0, 0
-    while len(pending):
+    while len(pending) > 0:
         scores[pending] = rescore(pending)
         known[pending] = True
         error = np.abs(scores[pending] - screened[pending])
         log.info("bf16: %d pairs scored again in float32, largest difference %.2g", len(pending), error.max())
         if error.max() > margin:
-            violations += np.count_nonzero(error > margin) if margin else 0
+            violations += int(np.count_nonzero(error > margin)) if margin else 0
             margin = MARGIN * float(error.max())
         pending = np.flatnonzero(open_pairs(scores, known, directions, margin))
     log.info(
@@ -65,7 +65,7 @@ def _first_pairs(num_pairs: int, directions: Sequence[Queries]) -> np.ndarray:
 
 
 def open_pairs(scores: np.ndarray, known: np.ndarray, directions: Sequence[Queries], margin: float) -> np.ndarray:
-    """Which pairs (P,) may be on the wrong side of a best right answer, where a query's Recall@K hangs on them.
+    """Which pairs (P,) may be on the wrong side of a best right answer, where a query's Recall@K depends on them.
 
     `known` (P,) marks scores without error, those of all right answers among them.
     """
@@ -74,9 +74,9 @@ def open_pairs(scores: np.ndarray, known: np.ndarray, directions: Sequence[Queri
         score = scores[queries.pair] + queries.cosine  # (Q, k)
         best = np.where(queries.right, score, -np.inf).max(1, keepdims=True)
         unsure = ~queries.right & ~known[queries.pair] & (np.abs(score - best) <= margin)
-        tied = ~queries.right & (score == best)  # which side these are on is the metric's business
+        tied = ~queries.right & (score == best)  # the metric decides which side these are on
         fewest = ((score > best) & ~unsure).sum(1)  # wrong candidates ahead, at least and at most
         most = fewest + (unsure | tied).sum(1)
-        hangs = np.any([(fewest < k) & (k <= most) for k in KS], axis=0)
-        is_open[queries.pair[unsure & hangs[:, None]]] = True
+        depends = np.any([(fewest < k) & (k <= most) for k in KS], axis=0)
+        is_open[queries.pair[unsure & depends[:, None]]] = True
     return is_open

@@ -3,8 +3,8 @@
 The protocol is BLIP's (`evaluation` in its train_retrieval.py): score = matching logit + cosine, for the k_test best
 cosines of each query. The order of work is not: pairs of both directions are united and grouped by image, so that an
 image's keys and values are computed once; texts are packed by exact length, so that nothing is padded; the last layer
-computes [ENC] alone; what layer 0 does before it sees the image is done once per text; captions of the same tokens are
-one text. All of it is exact. (`scoring.py` scores the pairs.)
+computes [ENC] alone; what layer 0 does before it sees the image is done once per text; captions with the same tokens
+are one text. All of it is exact. (`scoring.py` scores the pairs.)
 
 Under bf16 the encoders still compute in float32, which costs a thirtieth of the pairs' arithmetic and keeps float32's
 shortlists; pairs are scored in bfloat16, and again in float32 where Recall@K could depend on it (`recheck.py`).
@@ -67,7 +67,7 @@ def rerank(
     text_ids: np.ndarray | None = None,
     poll: Callable[[], None] = never_stop,
 ) -> Ranking:
-    """Rank a gallery. `image_batches` yields this process's blocks, those of `own_blocks`, in order.
+    """Re-rank a gallery. `image_batches` yields this process's blocks, those of `own_blocks`, in order.
 
     k_test beyond the gallery is clamped. `tokens_per_pass` bounds the memory of scoring whatever the gallery's size.
     A caption is right for an image iff their ids are equal; the ids (N,) and (M,) are used under bf16 alone, to find
@@ -78,10 +78,10 @@ def rerank(
         texts = encode_texts(model, tokenize(captions), tokens_per_pass, poll)
         images = encode_images(model, image_batches, num_images, batch_size, poll)
     ids = None if image_ids is None or text_ids is None else (image_ids, text_ids)
-    return rank_encoded(model, images, texts, k_test, tokens_per_pass, ids, poll)
+    return rerank_encoded(model, images, texts, k_test, tokens_per_pass, ids, poll)
 
 
-def rank_encoded(
+def rerank_encoded(
     model: BLIP_Retrieval,
     images: EncodedImages,
     texts: EncodedTexts,
@@ -110,7 +110,7 @@ def rank_encoded(
 
 @contextmanager
 def _in_float32(model: BLIP_Retrieval) -> Iterator[None]:
-    """No bf16 in here; fp32 and tf32 stay what they are."""
+    """bf16 off inside; fp32 and tf32 stay what they are."""
     before, model.autocast_dtype = model.autocast_dtype, None
     try:
         yield
@@ -135,7 +135,7 @@ def encode_texts(
     _, first, distinct = np.unique(captions.input_ids.numpy(), axis=0, return_index=True, return_inverse=True)
     ids = captions.input_ids[torch.from_numpy(first)]
     lengths = captions.attention_mask.sum(1).numpy()[first]
-    start = np.cumsum(lengths) - lengths
+    start = np.cumsum(lengths) - lengths  # (U,)
     feat = torch.empty(len(lengths), model.text_proj.out_features, dtype=model.temp.dtype, device=device)
     states = torch.empty(int(lengths.sum()), encoder.config.hidden_size, dtype=model.temp.dtype, device=device)
     for length in np.unique(lengths):
@@ -197,7 +197,7 @@ def _to_pinned(x: Tensor) -> Tensor:
 def shortlist(image_feat: Tensor, text_feat: Tensor, distinct: np.ndarray, k_test: int) -> Shortlists:
     """The k_test best cosines of every image and of every caption: features (N, E) and (U, E), `distinct` (M,).
 
-    It goes in chunks: the N x M matrix never exists. Captions of one text have one cosine, to the last bit.
+    Works in chunks: the N x M matrix never exists. Captions of one text have the same cosine, to the last bit.
     """
     columns = torch.from_numpy(distinct).to(text_feat.device)
     i2t, i2t_value = _top(image_feat, text_feat, k_test, columns)
@@ -206,11 +206,11 @@ def shortlist(image_feat: Tensor, text_feat: Tensor, distinct: np.ndarray, k_tes
 
 
 def _top(queries: Tensor, gallery: Tensor, k_test: int, columns: Tensor | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Indices and values (Q, k) of the best candidates, which are the gallery's rows or its rows `columns`."""
+    """Indices and values (Q, k) of the best candidates, which are the gallery or, in this order, its `columns`."""
     size = len(gallery) if columns is None else len(columns)
     parts = []
     for chunk in queries.split(max(1, SIMILARITY_CHUNK // size)):
-        cosines = chunk @ gallery.T
+        cosines = chunk @ gallery.T  # (queries of the chunk, gallery)
         parts.append((cosines if columns is None else cosines[:, columns]).topk(min(k_test, size), dim=1))
     index = torch.cat([part.indices.int() for part in parts])
     return index.cpu().numpy(), torch.cat([part.values for part in parts]).cpu().numpy()
@@ -218,7 +218,7 @@ def _top(queries: Tensor, gallery: Tensor, k_test: int, columns: Tensor | None =
 
 @dataclass(frozen=True)
 class Pairs:
-    """The pairs (image, distinct text) that the shortlists need, each once, by image; and each candidate's pair."""
+    """The pairs (image, distinct text) that the shortlists need, each once, in image order; each candidate's pair."""
 
     image: np.ndarray  # (P,)
     text: np.ndarray  # (P,)
@@ -229,8 +229,8 @@ class Pairs:
 def needed_pairs(lists: Shortlists, distinct: np.ndarray) -> Pairs:
     """The union of both directions' pairs; `distinct` (M,) maps captions to texts."""
     num_texts = int(distinct.max()) + 1
-    i2t = np.arange(len(lists.i2t))[:, None] * num_texts + distinct[lists.i2t]
-    t2i = lists.t2i.astype(np.int64) * num_texts + distinct[:, None]
+    i2t = np.arange(len(lists.i2t))[:, None] * num_texts + distinct[lists.i2t]  # (N, k) image * U + text
+    t2i = lists.t2i.astype(np.int64) * num_texts + distinct[:, None]  # (M, k)
     codes = torch.from_numpy(np.concatenate([i2t.ravel(), t2i.ravel()]))
     codes, pair = torch.unique(codes, return_inverse=True)  # sorted; far faster than numpy's
     image, text = (x.astype(np.int32) for x in np.divmod(codes.numpy(), num_texts))

@@ -30,7 +30,7 @@ class EncodedTexts:
     feat: Tensor
     distinct: np.ndarray  # (M,) which of the U texts each caption is
     lengths: np.ndarray  # (U,)
-    start: np.ndarray  # (U,) row of a text's first token in `states`
+    start: np.ndarray  # (U,) index of a text's first token in `states`
     states: Tensor  # (sum of lengths, D)
 
 
@@ -77,7 +77,7 @@ def _passes(lengths: np.ndarray, tokens_per_pass: int) -> Iterator[slice]:
 
 
 def _score(model: BLIP_Retrieval, tokens: Tensor, image: np.ndarray, texts: EncodedTexts, text: np.ndarray) -> Tensor:
-    """One pass: pairs (row of tokens (b, n, V), text) in image order -> matching logits (P,) on the device."""
+    """One pass: pairs (index into tokens (b, n, V), text) in image order -> matching logits (P,) on the device."""
     device = model.temp.device
     image_tokens = tokens[image[0] : image[-1] + 1]  # (m, n, V)
     order = np.argsort(texts.lengths[text], kind="stable")

@@ -1,16 +1,19 @@
 """The training step against the published algorithm: losses, every parameter's gradient, queues, in float64."""
 
 import copy
+import json
+import re
 from contextlib import nullcontext
 
 import pytest
 import torch
 from fairscale.nn.checkpoint import checkpoint_wrapper
 
+import train_retrieval
 from benchmarks.published import published_step
 from tests.conftest import random_captions, tiny_med, tiny_model
 from tests.golden import NOISE, argmax_instead_of_sampling, losses_by_rank
-from training.step import Negatives, RetrievalStep, train_step
+from training.step import Negatives, RetrievalStep, Term, train_step
 from transform.text import tokenize
 
 RANKS, BATCH = 4, 3
@@ -217,3 +220,78 @@ def test_momentum_update_is_the_formula():
     model.update_momentum()
     torch.testing.assert_close(model.vision_proj_m.weight, 0.9 * before + 0.1 * model.vision_proj.weight)
     assert not any(p.requires_grad for _, twin in model.twins() for p in twin.parameters())
+
+
+# ---- changing the method --------------------------------------------------------------------------------------------
+
+
+def extra_values(image_feat):
+    return image_feat.pow(3).sum(1)  # (m,)
+
+
+class StepWithExtraTerm(RetrievalStep):
+    """A new loss term is one line in the step, and none elsewhere."""
+
+    def image_terms(self, samples, image_tokens, image_feat, negatives):
+        terms = super().image_terms(samples, image_tokens, image_feat, negatives)
+        return terms | {"loss_extra": Term(extra_values(image_feat), terms["loss_ita"].rank, self.batch)}
+
+
+@pytest.mark.parametrize("negative_all_rank", [True, False])
+def test_a_new_term_adds_its_gradient_and_nothing_else(monkeypatch, negative_all_rank):
+    argmax_instead_of_sampling(monkeypatch)
+    image, text, idx = inputs()
+    plain = half_filled(tiny_model(F64, negative_all_rank=negative_all_rank))
+    extended, alone = copy.deepcopy(plain), copy.deepcopy(plain)
+    without = train_step(plain, image, text, idx, 0.3, RANKS, micro_batch=2)
+    monkeypatch.setattr("training.step.RetrievalStep", StepWithExtraTerm)
+    report = train_step(extended, image, text, idx, 0.3, RANKS, micro_batch=2)
+
+    values = extra_values(alone.image_feature(alone.encode_image(image)))  # all samples at once
+    values.mean().backward()
+    expected = gradients(plain)
+    for name, grad in gradients(alone).items():
+        assert name.startswith(("visual_encoder.", "vision_proj.")) and grad.norm() > 0, name
+        expected[name] += grad
+    assert_gradients_equal(gradients(extended), expected)
+
+    assert list(report.by_rank) == [*without.by_rank, "loss_extra"]
+    for name, by_rank in without.by_rank.items():
+        assert torch.equal(report.by_rank[name], by_rank), name
+    by_rank = values.detach().view(RANKS, BATCH).mean(1).float()
+    torch.testing.assert_close(report.by_rank["loss_extra"], by_rank, rtol=1e-6, atol=1e-7)
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(dict(extended.named_buffers())[name], buffer), name
+
+
+def test_a_new_term_is_logged_and_printed_by_itself(tiny_run, monkeypatch, capsys):
+    rows, names = {}, {}
+    for output, step in (("plain", RetrievalStep), ("extended", StepWithExtraTerm)):
+        monkeypatch.setattr("training.step.RetrievalStep", step)
+        argv = ["--config", str(tiny_run / "config.yaml"), "--output_dir", str(tiny_run / output), "--device", "cpu"]
+        assert train_retrieval.main([*argv, "--set", "init_lr=0", "min_lr=0", "weight_decay=0"]) == 0
+        rows[output] = [json.loads(line) for line in (tiny_run / output / "log.txt").read_text().splitlines()]
+        printed = [line for line in capsys.readouterr().err.splitlines() if re.search(r"epoch \d+ \[", line)]
+        names[output] = [re.findall(r"\b(?:loss_\w+|itm_acc|grad_norm|temp|lr)(?= )", line) for line in printed]
+    plain, extended = rows["plain"], rows["extended"]
+    assert len(names["plain"]) == len(names["extended"]) > 0
+    for before, after in zip(names["plain"], names["extended"], strict=True):
+        assert "loss_extra" in after and [name for name in after if name != "loss_extra"] == before
+    extra = [row.pop("train_loss_extra") for row in extended if row.get("epoch", -1) >= 0]
+    assert len(extra) == 2 and all(-1 < value < 1 and value != 0 for value in extra)
+    assert extended == plain  # at a learning rate of 0: what the term does to the weights is another test's
+
+
+def test_a_stage_cannot_be_called_before_what_it_needs():
+    image, text, idx = inputs()
+    step = RetrievalStep(half_filled(tiny_model(F64)), image, text, idx, 0.3, RANKS)
+    samples = slice(0, BATCH)
+    image_tokens, image_feat = step.encode_image(samples)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'negatives'"):
+        step.image_terms(samples, image_tokens, image_feat)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'text_feat'"):
+        step.draw_negatives(step.pools()[0], image_feat)
+    with pytest.raises(TypeError, match="missing 2 required positional arguments: 'image_feat' and 'text_feat'"):
+        step.draw_negatives(step.pools()[0])
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'text_feat'"):
+        step.text_terms(samples)

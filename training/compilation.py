@@ -5,7 +5,6 @@ from torch import nn
 
 from models.blip_retrieval import BLIP_Retrieval
 from models.med import Intermediate, ResidualOutput
-from models.vit import VitBlock
 
 
 def compile_encoders(model: BLIP_Retrieval) -> None:
@@ -22,11 +21,10 @@ def compile_encoders(model: BLIP_Retrieval) -> None:
 
 def _to_compile(model: BLIP_Retrieval) -> list[nn.Module]:
     chosen: list[nn.Module] = []
-    for encoder in (model.visual_encoder, model.visual_encoder_m):
-        for block in encoder.blocks:
-            assert isinstance(block, VitBlock)
+    for image_encoder in (model.visual_encoder, model.visual_encoder_m):
+        for block in image_encoder.blocks:
             checkpointed = "forward" in vars(block)  # patched by fairscale
-            chosen += [block.attn, block.mlp] if checkpointed or encoder.stochastic else [block]
-    for encoder in (model.text_encoder, model.text_encoder_m):
-        chosen += [m for m in encoder.modules() if isinstance(m, ResidualOutput | Intermediate)]
+            chosen += [block.attn, block.mlp] if checkpointed or image_encoder.stochastic else [block]
+    for text_encoder in (model.text_encoder, model.text_encoder_m):
+        chosen += [m for m in text_encoder.modules() if isinstance(m, ResidualOutput | Intermediate)]
     return chosen

@@ -33,23 +33,23 @@ from utils import all_reduce_sum, average_gradients, get_rank, get_world_size, i
 CAPTION_LENGTHS = (1, 147, 2729, 4513, 5069, 4241, 3048, 1963, 1216, 721, 423, 288, 179, 127, 89, 50, 41, 36, 25, 25,
                    17, 4, 9, 7, 9, 8, 7, 8)  # fmt: skip
 WARM_UP, TIMED = 2, 3  # steps
-CPU_SECONDS = 10.0  # a slow machine times so many samples a step that it lasts about this long
+CPU_SECONDS = 10.0  # where a step takes longer, fewer samples are timed: about this long
 
 
 class DrySizes(NamedTuple):
-    """What the run goes through."""
+    """How much data the run goes through."""
 
     train_captions: int
     val_images: int
     val_captions: int
 
 
-def synthetic_captions(count: int, vocab_size: int, seed: int = 0) -> TokenizedText:
-    """Random words with the lengths of COCO's captions: (count, 35)."""
-    rng = np.random.default_rng(seed)
+def synthetic_captions(count: int, vocab_size: int) -> TokenizedText:
+    """Random words, always the same, with the lengths of COCO's captions: (count, 35)."""
+    rng = np.random.default_rng(0)
     share = np.array(CAPTION_LENGTHS) / sum(CAPTION_LENGTHS)
-    lengths = rng.choice(np.arange(8, MAX_TOKENS + 1), count, p=share)[:, None]
-    place = np.arange(MAX_TOKENS)
+    lengths = rng.choice(np.arange(8, MAX_TOKENS + 1), count, p=share)[:, None]  # (count, 1)
+    place = np.arange(MAX_TOKENS)  # (35,)
     first_word = min(1000, vocab_size // 2)
     ids = np.where(place < lengths, rng.integers(first_word, vocab_size - 2, (count, MAX_TOKENS)), 0)
     ids[:, 0] = CLS
@@ -57,11 +57,11 @@ def synthetic_captions(count: int, vocab_size: int, seed: int = 0) -> TokenizedT
     return TokenizedText(torch.from_numpy(ids), torch.from_numpy((place < lengths).astype(np.int64)))
 
 
-def synthetic_batch(count: int, image_size: int, vocab_size: int, seed: int = 0) -> TrainBatch:
-    """Random pixels and words, every sample of another image."""
-    pixels = torch.randn(count, 3, image_size, image_size, generator=torch.Generator().manual_seed(seed))
+def synthetic_batch(count: int, image_size: int, vocab_size: int) -> TrainBatch:
+    """Random pixels and words, always the same; no two samples share an image."""
+    pixels = torch.randn(count, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     names = [f"random {i}" for i in range(count)]
-    return TrainBatch(pixels, synthetic_captions(count, vocab_size, seed), torch.arange(count), names)
+    return TrainBatch(pixels, synthetic_captions(count, vocab_size), torch.arange(count), names)
 
 
 def dry_run(
@@ -69,7 +69,7 @@ def dry_run(
 ) -> list[str]:
     """Report lines on memory, speed and hours, measured on a step's `batch` of this process; it trains the model.
 
-    The times leave out what the loader takes. Every process must call it. ValueError if not a single sample fits into
+    The times leave out the loader. Every process must call it. ValueError if not a single sample fits into
     memory.
     """
     local = cfg.global_batch_size // get_world_size()
@@ -79,8 +79,9 @@ def dry_run(
     model.train()
     with precision(model, cfg.precision):
         micro_batch, memory_line = fitting_micro_batch(trial, local)
-        kept = cfg.keep_graphs
-        if kept == "auto":
+        if isinstance(cfg.keep_graphs, int):
+            kept = cfg.keep_graphs
+        else:
             kept = auto_keep_graphs(model, cfg.image_size, micro_batch, local, trial.optimizer)
         seconds, timed, megabytes = time_steps(trial, local, micro_batch, kept)
     rates = evaluation_rates(model.eval(), cfg, sizes)
@@ -112,7 +113,7 @@ def print_dry_run(model: BLIP_Retrieval, job: Job) -> None:
 
 
 class Trial(NamedTuple):
-    """What a step needs."""
+    """What a trial step needs."""
 
     model: BLIP_Retrieval
     cfg: RetrievalConfig
@@ -136,13 +137,13 @@ def fitting_micro_batch(trial: Trial, local: int) -> tuple[int, str]:
     """batch_size_train, or less if that does not fit, and a line about the largest that does."""
     wanted = min(trial.cfg.batch_size_train, local)
     if trial.device.type != "cuda" or get_world_size() > 1:
-        why = "on a CPU memory is not what limits it" if trial.device.type != "cuda" else "use one process to search"
+        why = "on a CPU, memory is not the limit" if trial.device.type != "cuda" else "use one process to search"
         return wanted, f"largest batch_size_train that fits: not searched, {why}"
 
     def fits(size: int) -> bool:
         try:
             trial.gradients(min(2 * size, local), 1, size, 0)
-            trial.update()  # the optimizer's state takes its place before anything larger is tried
+            trial.update()  # allocates the optimizer's state before anything larger is tried
             torch.cuda.synchronize(trial.device)
             return True
         except torch.OutOfMemoryError:
@@ -174,7 +175,8 @@ def largest_that_fits(fits: Callable[[int], bool], start: int, most: int) -> int
 def time_steps(trial: Trial, local: int, micro_batch: int, keep_graphs: int) -> tuple[float, int, float]:
     """Seconds of a whole step, samples it was measured on, peak memory in MB.
 
-    Where a step takes minutes, fewer samples are timed; what is done once a step is timed apart and not scaled.
+    Where a step takes minutes, fewer samples are timed. What happens once a step, whatever its samples, is timed apart
+    and not scaled.
     """
     samples, ranks = local, trial.cfg.ranks_emulated // get_world_size()
     if trial.device.type != "cuda":
@@ -199,7 +201,7 @@ def time_steps(trial: Trial, local: int, micro_batch: int, keep_graphs: int) -> 
 
 
 def _seconds(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
-    """How long it takes, the mean over processes so that all decide alike, and what it returns."""
+    """Seconds that `work` takes, averaged over processes so that all decide alike, and what it returns."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -223,7 +225,7 @@ class Rates(NamedTuple):
 
 @torch.inference_mode()
 def evaluation_rates(model: BLIP_Retrieval, cfg: RetrievalConfig, sizes: DrySizes) -> Rates:
-    """Encode and score a small random gallery, with as many pairs an image as the real one has."""
+    """Encode and score a small random gallery, with up to as many pairs per image as the real one."""
     device, cuda = model.temp.device, model.temp.device.type == "cuda"
     own, num_texts = (min(16, cfg.batch_size_test), 2048) if cuda else (1, 32)
     num_images = own * get_world_size()  # one block for each process
@@ -233,9 +235,9 @@ def evaluation_rates(model: BLIP_Retrieval, cfg: RetrievalConfig, sizes: DrySize
         for _ in range(2):  # the first warms up
             image_seconds, images = _seconds(device, lambda: encode_images(model, [pixels], num_images, own))
             text_seconds, texts = _seconds(device, lambda: encode_texts(model, captions, cfg.rerank_tokens))
-    real = -(-max_pairs(cfg, sizes) // sizes.val_images)  # pairs of an image
+    real = -(-max_pairs(cfg, sizes) // sizes.val_images)  # pairs per image of the real gallery, rounded up
     with precision(model, cfg.eval_precision):
-        for per_image in (min(8 * 4**i, real) for i in range(20)):  # until it lasts a second: small sets mislead
+        for per_image in (min(8 * 4**i, real) for i in range(20)):  # until it takes a second: small sets mislead
             image = np.repeat(np.arange(num_images), per_image)
             text = np.arange(len(image)) % len(texts.lengths)
             score = partial(score_pairs, model, images, texts, image, text, cfg.rerank_tokens)

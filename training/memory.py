@@ -15,7 +15,7 @@ from transform.text import MAX_TOKENS, TokenizedText
 log = logging.getLogger("blip")
 
 MARGIN = 0.9  # of the free GPU memory: the rest is lost to fragmentation and to what other libraries allocate
-QUEUE_ROWS = 8  # (m, Q) float32 matrices that the contrast of a micro-batch holds at its peak
+CONTRAST_MATRICES = 8  # (m, Q) of float32, that the contrast of a micro-batch holds at its peak
 
 
 def auto_keep_graphs(
@@ -27,8 +27,8 @@ def auto_keep_graphs(
 ) -> int:
     """How many of the `samples` image graphs of a step fit into free memory: `keep_graphs: auto`.
 
-    Measured on one micro-batch of random pixels, in the precision set; call it between steps, as gradients are cleared.
-    Room is left for matching that micro-batch, and for state the `optimizer` has not allocated yet. On the CPU one
+    Measured on one micro-batch of random pixels, in the current precision. Call it between steps: it clears gradients.
+    Room is left for matching that micro-batch, and for what the `optimizer` is still to allocate. On the CPU one
     image is measured, and kept graphs get half of the available memory. ValueError if not one micro-batch fits.
     """
     micro_batch = min(micro_batch, samples)
@@ -63,8 +63,8 @@ def _measure_gpu(
             "(it is the micro-batch: the method stays the same), or set vit_grad_ckpt true, or precision bf16. "
             "--dry_run finds the largest that fits."
         )
-    pixels = samples * 3 * image_size**2 * 4  # of all samples of a step, which the probe did not hold
-    contrast = QUEUE_ROWS * micro_batch * model.queue_size * 4
+    pixels = samples * 3 * image_size**2 * 4  # of all samples of a step; the measurement held one micro-batch
+    contrast = CONTRAST_MATRICES * micro_batch * model.queue_size * 4
     rest = peak - graph + pixels + contrast + _missing_state(optimizer)
     return graph / micro_batch, MARGIN * available - rest
 
@@ -94,12 +94,13 @@ def _run_micro_batch(model: BLIP_Retrieval, image_size: int, size: int, before: 
 
 def _missing_state(optimizer: torch.optim.Optimizer | None) -> int:
     """Bytes of the two moments that AdamW will allocate in its first step."""
-    groups = optimizer.param_groups if optimizer else ()
-    return sum(2 * p.nbytes for group in groups for p in group["params"] if p not in optimizer.state)
+    if optimizer is None:
+        return 0
+    return sum(2 * p.nbytes for group in optimizer.param_groups for p in group["params"] if p not in optimizer.state)
 
 
 def _saved_bytes(model: BLIP_Retrieval, image: Tensor) -> int:
-    """Bytes that autograd keeps for the backward pass of these images, the weights apart."""
+    """Bytes that autograd keeps for the backward pass of these images, not counting weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, Tensor] = {}
 

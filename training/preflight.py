@@ -3,6 +3,7 @@
 import argparse
 import warnings
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ class Job:
     args: argparse.Namespace
     splits: dict[str, Annotations]  # those the job needs
 
+    def load(self, split: str) -> None:
+        self.splits[split] = load_annotations(self.cfg, split)
+
     @property
     def folder(self) -> Path:
         return self.args.output_dir
@@ -44,7 +48,7 @@ def preflight(cfg: RetrievalConfig, args: argparse.Namespace) -> tuple[Job, Find
     """Read the annotations; on rank 0 find what is wrong (with `--check` in all of it) before anything is written."""
     found, job = Findings(), Job(cfg, args, {})
     for split in [s for s in available_splits(cfg) if s != "train"] if args.evaluate else SPLITS:
-        found.attempt(lambda split=split: job.splits.update({split: load_annotations(cfg, split)}))
+        found.attempt(partial(job.load, split))
     if not is_main():
         return job, found
     found.add(check_data(cfg, job.splits, args.check))

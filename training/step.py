@@ -1,7 +1,7 @@
-"""`BLIP_Retrieval.forward`, in micro-batches: one step of one or more ranks of the published recipe, exactly.
+"""`BLIP_Retrieval.forward` in micro-batches: exactly one step of the published recipe, for one or more of its ranks.
 
-What couples samples in BLIP is small: 256-d features, image ids and token ids. An image-text pair touches exactly one
-image, so the step is ordered by image and needs no gradient cache:
+All that samples share in BLIP is small: 256-d features, image ids and token ids. An image-text pair has exactly one
+image, so the step goes through the images and needs no gradient cache:
 
     1. clamp the temperature, move the momentum twins, momentum features of all samples (no graph)
     2. text micro-batches: t2i contrast, backward at once
@@ -37,33 +37,33 @@ TEXTS_PER_IMAGE = 4  # micro-batches of texts alone are this much larger: a text
 
 
 class Term(NamedTuple):
-    """One loss, or one measurement, of some samples or pairs."""
+    """One loss, or one measurement, for each of some samples or pairs."""
 
     values: Tensor  # (k,)
-    rank: Tensor  # (k,) whose mean each value belongs to, counted over all processes
+    rank: Tensor  # (k,) the rank whose mean each value enters, counted over all processes
     per_rank: float  # what the sum of a rank's values is divided by
 
 
 class Negatives(NamedTuple):
-    """What the samples of the pools drew, on the host; -1 where nothing was drawn yet."""
+    """Indices that the samples of a pool drew, on the host; -1 for samples of other pools."""
 
-    image: list[int]  # by text
-    text: list[int]  # by image
+    image: list[int]  # for each text
+    text: list[int]  # for each image
 
 
 class StepReport(NamedTuple):
     """What a step leaves behind, on the device: read it only when printing."""
 
     by_rank: dict[str, Tensor]  # (R,) mean of each term by rank; sum over processes before use
-    starved: Tensor  # () bool: a sample had no negative to draw (all images of its pool were one)
+    starved: Tensor  # () bool: a sample had no negative to draw (its whole pool had one image id)
 
 
 class RetrievalStep:
     """The constants of one step on this process, and the losses of any of its samples.
 
-    Each stage takes what the stage before it returned. A "pool" is what a sample may draw its negatives from: all
-    samples of all processes (`negative_all_rank`, COCO) or the samples of its own rank (Flickr30k). Pool indices count
-    over all processes in the first case. `samples` are slices of this process's batch.
+    Each stage takes what the stage before it returned. A "pool" is what a sample draws its negatives from: all
+    samples of all processes (`negative_all_rank`, COCO) or those of the sample's own rank (Flickr30k). Pool indices
+    count over all processes in the first case. `samples` are slices of this process's batch.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class RetrievalStep:
     ):
         self.model, self.image, self.idx, self.alpha = model, image, idx, alpha
         self.ranks, self.batch = ranks, len(image) // ranks
-        self.generators = generators or [None] * ranks
+        self.generators: Sequence[torch.Generator | None] = generators or [None] * ranks
         self.gather = all_gather if model.negative_all_rank else lambda x: x
         self.offset = get_rank() * len(image) if model.negative_all_rank else 0  # this process's place in the pool
         self.pool_idx = self.gather(idx)
@@ -108,14 +108,14 @@ class RetrievalStep:
         return image_tokens, self.model.image_feature(image_tokens)
 
     def pools(self) -> list[slice]:
-        """Samples of this process whose features must be known together before negatives can be drawn."""
+        """Slices of this process's samples: negatives can be drawn once all features of a slice are known."""
         everything = slice(0, len(self.image))
         return [everything] if self.model.negative_all_rank else slices(0, len(self.image), self.batch)
 
     def draw_negatives(self, pool: slice, image_feat: Tensor, text_feat: Tensor) -> Negatives:
         """A hard negative image for each text of the pool, then a hard negative text for each image.
 
-        image_feat and text_feat (m, E) are those of the pool's samples on this process.
+        image_feat and text_feat (m, E) belong to the pool's samples on this process.
         """
         image_pool, text_pool = self.gather(image_feat), self.gather(text_feat)  # (c, E)
         idx = self.idx[pool]
@@ -138,7 +138,7 @@ class RetrievalStep:
         return Negatives(image, text)
 
     def text_terms(self, samples: slice, text_feat: Tensor) -> dict[str, Term]:
-        """What is computed on the features (m, E) of texts alone; names that start with `loss_` are minimised."""
+        """Terms of texts alone, from their features (m, E); those named `loss_...` are minimised."""
         return {
             "loss_ita": self._contrast(samples, text_feat, self.text_feat_m, self.image_feat_m, self.model.image_queue),
         }
@@ -146,7 +146,7 @@ class RetrievalStep:
     def image_terms(
         self, samples: slice, image_tokens: Tensor, image_feat: Tensor, negatives: Negatives
     ) -> dict[str, Term]:
-        """What is computed on images, their features, and every pair that touches one of them."""
+        """Terms of images (m, N, V), of their features (m, E), and of every pair with one of these images."""
         logits, label, rank = self._match(samples, image_tokens, negatives)  # (P, 2), (P,), (P,)
         pairs = itm.PAIRS_PER_SAMPLE * self.batch
         return {
@@ -156,7 +156,7 @@ class RetrievalStep:
         }
 
     def add_up(self, terms: dict[str, Term]) -> Tensor:
-        """Note every term by rank; the losses among them, summed so that a step's backward passes give their mean."""
+        """Add each term to its rank's mean; the losses' sum, scaled so that a step's sums add up to their mean."""
         total: Tensor | None = None
         for name, (values, rank, per_rank) in terms.items():
             if name not in self.by_rank:
@@ -170,11 +170,11 @@ class RetrievalStep:
         return total
 
     def write_queues(self) -> None:
-        """All ranks' momentum features, in rank order."""
+        """Enqueue all ranks' momentum features, in rank order."""
         self.model.enqueue(all_gather(self.image_feat_m), all_gather(self.text_feat_m), all_gather(self.idx))
 
     def _contrast(self, samples: slice, feat: Tensor, feat_m: Tensor, other_m: Tensor, queue: Tensor) -> Term:
-        """One direction of the contrast of samples (m, E) with their own rank's momentum features and the queue."""
+        """One direction of the contrast: features (m, E) with momentum features of their own ranks and the queue."""
         rank = torch.arange(samples.start, samples.stop, device=feat.device) // self.batch  # (m,) of this process
         own_m = other_m.unflatten(0, (self.ranks, -1))[rank]  # (m, b, E)
         with torch.no_grad():
@@ -186,7 +186,7 @@ class RetrievalStep:
         return Term(loss, rank + get_rank() * self.ranks, 2 * self.batch)  # half a mean: there are two directions
 
     def _match(self, samples: slice, image_tokens: Tensor, negatives: Negatives) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (P, 2), labels (P,) and ranks (P,) of all pairs that touch these images."""
+        """Logits (P, 2), labels (P,) and ranks (P,) of all pairs with one of these images (m, N, V)."""
         first, last = self.offset + samples.start, self.offset + samples.stop
         pairs = itm.pairs_by_image(first, last, *negatives)
         device = image_tokens.device
@@ -220,11 +220,11 @@ def train_step(
     """Accumulate the gradients of one step into `.grad`, and write the queues.
 
     image (n, 3, S, S), text (n, L), idx (n,), rank after rank; `micro_batch` images at a time (all when None). Leave
-    the text on the host, where its lengths are read. `keep_graphs`: image graphs kept between drawing and matching, in
-    whole micro-batches and at least one; other images are encoded twice.
+    the text on the host, where its lengths are read. `keep_graphs`: how many images keep their graph until they are
+    matched, rounded down to whole micro-batches but at least one of them; other images are encoded twice.
 
-    `poll` is called before each micro-batch and may raise to leave the step. Until its last one a step changes nothing
-    but the momentum twins (and the temperature's clamp): to take the step again, say `momentum_moved`.
+    `poll` is called before each micro-batch and may raise to leave the step. A step that was left has changed nothing
+    but the momentum twins (and clamped the temperature): take it again with `momentum_moved`.
     """
     step = RetrievalStep(model, image, text, idx, alpha, ranks, micro_batch, generators, poll, momentum_moved)
     size = micro_batch or len(image)
@@ -247,7 +247,7 @@ def slices(start: int, stop: int, size: int) -> list[slice]:
 
 
 def _backward_texts(step: RetrievalStep, samples: slice, poll: Callable[[], None]) -> Tensor:
-    """Features (m, E) without graph, after the backward pass of what texts alone decide."""
+    """Backward pass of the terms of texts alone; returns the features (m, E) without graph."""
     poll()
     feat = step.encode_text(samples)
     step.add_up(step.text_terms(samples, feat)).backward()
@@ -255,7 +255,7 @@ def _backward_texts(step: RetrievalStep, samples: slice, poll: Callable[[], None
 
 
 class _EncodedPart(NamedTuple):
-    """Images of a micro-batch: with tokens and graph, or with the random state to encode them again with."""
+    """A micro-batch of images: with tokens and graph or, to encode it again, with the state of the random generator."""
 
     samples: slice
     feat: Tensor  # (m, E)
@@ -274,7 +274,7 @@ def _encode(step: RetrievalStep, samples: slice, keep: bool, poll: Callable[[], 
 
 
 def _backward_images(step: RetrievalStep, part: _EncodedPart, negatives: Negatives, poll: Callable[[], None]) -> None:
-    """Forward of what was not kept, and the backward pass of what images and their pairs decide."""
+    """Encode the images again if their graph was not kept; backward pass of the terms of images and their pairs."""
     poll()
     samples, feat, image_tokens, rng_state = part
     if image_tokens is None:
@@ -289,7 +289,7 @@ def _rng_state(device: torch.device) -> Tensor:
 
 @contextmanager
 def _replay(state: Tensor | None, device: torch.device) -> Iterator[None]:
-    """Draw the same drop-path again (ViT-L), and go on afterwards as if nothing was drawn."""
+    """Draw the same drop-path again (ViT-L); afterwards the generator is as if nothing had been drawn."""
     if state is None:
         yield
         return

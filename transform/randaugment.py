@@ -6,7 +6,7 @@ float32 with fused multiply-adds. OpenCV 4 rounds source positions to 1/32 pixel
 in five or six differs from its result, nearly always by 1 and at most by 4 grey levels on a noisy image.
 Deliberate difference: BLIP's AutoContrast negates an unsigned byte, which turns a channel without black pixels almost
 white; here it stretches the channel, as BLIP's comment says and Pillow does. Channels with black pixels are the same.
-Legend: H rows, W columns, C = 3 channels, R rows of a block. An image is (H, W, C) uint8, RGB;
+Legend: H rows, W columns, C = 3 channels, R rows of a block of them. An image is (H, W, C) uint8, RGB;
 an operation returns a new array or its input, which it never changes.
 """
 
@@ -66,10 +66,12 @@ def _warp_rows(
     height, width = size
     columns = np.arange(width, dtype=np.float32)
     # Only the product with the column is fused: OpenCV computes the row's share once per row, with two roundings.
-    x, y = (_fused(px, columns, py * rows[:, None] + shift) for px, py, shift in inverse)  # (R, W), in the input
+    # (R, W) each: where in the input an output pixel comes from.
+    x, y = (_fused(px, columns, py * rows[:, None] + shift) for px, py, shift in inverse)
     left, top = np.floor(x), np.floor(y)
     weight_x, weight_y = x - left, y - top
     stride = width + 2 * _PAD
+    # (R, W) index into a flat plane of the pixel left of and above it.
     corner = (top.clip(-_PAD, height).astype(np.intp) + _PAD) * stride
     corner += left.clip(-_PAD, width).astype(np.intp) + _PAD
     # A shear or a translation falls between columns, or between rows, or on pixels: half of the work or none.
@@ -88,22 +90,22 @@ def _warp_rows(
 
 def shear_x(image: np.ndarray, factor: float) -> np.ndarray:
     """Move each row right by `factor` times its distance from the top."""
-    return warp(image, np.float32([[1, factor, 0], [0, 1, 0]]))
+    return warp(image, np.array([[1, factor, 0], [0, 1, 0]], dtype=np.float32))
 
 
 def shear_y(image: np.ndarray, factor: float) -> np.ndarray:
     """Move each column down by `factor` times its distance from the left."""
-    return warp(image, np.float32([[1, 0, 0], [factor, 1, 0]]))
+    return warp(image, np.array([[1, 0, 0], [factor, 1, 0]], dtype=np.float32))
 
 
 def translate_x(image: np.ndarray, pixels: float) -> np.ndarray:
     """Move the image left by `pixels`."""
-    return warp(image, np.float32([[1, 0, -pixels], [0, 1, 0]]))
+    return warp(image, np.array([[1, 0, -pixels], [0, 1, 0]], dtype=np.float32))
 
 
 def translate_y(image: np.ndarray, pixels: float) -> np.ndarray:
     """Move the image up by `pixels`."""
-    return warp(image, np.float32([[1, 0, 0], [0, 1, -pixels]]))
+    return warp(image, np.array([[1, 0, 0], [0, 1, -pixels]], dtype=np.float32))
 
 
 def rotate(image: np.ndarray, degrees: float) -> np.ndarray:
@@ -115,7 +117,7 @@ def rotate(image: np.ndarray, degrees: float) -> np.ndarray:
 
 
 def _map_channels(image: np.ndarray, make_table: Callable[[np.ndarray], np.ndarray | None]) -> np.ndarray:
-    """Send each channel through the (256,) table made from it; no table leaves the channel as it is."""
+    """Send each channel through the (256,) table that `make_table` makes from it; None leaves it as it is."""
     out = image.copy()
     for channel in range(image.shape[2]):
         plane = np.ascontiguousarray(image[..., channel])
@@ -153,7 +155,7 @@ def equalize(image: np.ndarray) -> np.ndarray:
 
 
 def brightness(image: np.ndarray, factor: float) -> np.ndarray:
-    """Multiply by `factor`, cut at 255."""
+    """Multiply by `factor`, clipped at 255."""
     if factor == 1:
         return image
     return (np.arange(256, dtype=np.float32) * np.float32(factor)).clip(0, 255).astype(np.uint8)[image]
@@ -196,7 +198,7 @@ OPERATIONS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
     "Rotate": lambda image, level: rotate(image, level / MAX_LEVEL * MAX_ROTATE),
 }
 AUGMENTATIONS = tuple(OPERATIONS)
-SIGNED = frozenset({"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"})  # go either way, with equal chance
+SIGNED = frozenset({"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"})  # in either direction, with equal chance
 
 
 class RandomAugment:

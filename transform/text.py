@@ -53,23 +53,25 @@ class TokenizedText(NamedTuple):
 def clean_caption(caption: str, max_words: int = MAX_WORDS) -> str:
     """The caption in lower case, without BLIP's list of punctuation, cut to `max_words` words.
 
-    As in BLIP only runs of two or more white characters become one space: a lone tab or newline inside stays.
+    As in BLIP only runs of two or more whitespace characters become one space: a single tab or newline stays.
     """
     text = _PUNCTUATION.sub(" ", caption.lower())
     text = _SPACES.sub(" ", text).rstrip("\n").strip(" ")
     return " ".join(text.split(" ")[:max_words])
 
 
-def read_vocabulary(path: Path = VOCAB_FILE) -> dict[str, int]:
+def read_vocabulary() -> dict[str, int]:
     """BERT's 30,522 word pieces and their ids; ValueError if the file is missing or differs in any byte."""
     remedy = "Restore it with `git checkout -- transform/bert-base-uncased-vocab.txt` (line endings must stay LF)."
-    if not path.is_file():
-        raise ValueError(f"The vocabulary {path} is missing. {remedy}")
-    content = path.read_bytes()
+    if not VOCAB_FILE.is_file():
+        raise ValueError(f"The vocabulary {VOCAB_FILE} is missing. {remedy}")
+    content = VOCAB_FILE.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     if digest != VOCAB_SHA256:
         # One lost line would shift every later id and score nonsense without any error.
-        raise ValueError(f"The vocabulary {path} is damaged: its sha256 is {digest}, not {VOCAB_SHA256}. {remedy}")
+        raise ValueError(
+            f"The vocabulary {VOCAB_FILE} is damaged: its sha256 is {digest}, not {VOCAB_SHA256}. {remedy}"
+        )
     return {token: index for index, token in enumerate(content.decode("utf-8").removesuffix("\n").split("\n"))}
 
 
@@ -96,7 +98,7 @@ def tokenize(captions: Sequence[str]) -> TokenizedText:
     if not captions:
         empty = torch.zeros(0, 0, dtype=torch.int64)
         return TokenizedText(empty, empty.clone())
-    # Padding to the longest caption: BLIP pads every batch to 35, which the mask makes equal but slower.
+    # To the longest caption: BLIP pads every batch to 35, which gives the same numbers (masked) and is slower.
     batch = build_tokenizer()(
         list(captions), padding="longest", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
     )
