@@ -29,6 +29,8 @@ test-slow: $(INSTALLED)
 
 lint: $(INSTALLED)
 	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 
 $(INSTALLED): requirements.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
