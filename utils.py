@@ -22,6 +22,7 @@ from torch.distributed.nn.functional import all_gather as gather_with_gradient
 log = logging.getLogger("blip")
 
 PRINT_SECONDS = 10.0  # between lines of progress
+BUCKET_BYTES = 64 << 20  # of gradients that are averaged in one call
 
 # ---- processes ----------------------------------------------------------------------------------------------------
 
@@ -120,7 +121,7 @@ def broadcast_model(model: nn.Module) -> None:
             dist.broadcast(tensor, src=0)
 
 
-def average_gradients(model: nn.Module, bucket_bytes: int = 64 << 20) -> None:
+def average_gradients(model: nn.Module) -> None:
     """Average `.grad` over processes in flat buckets: what DistributedDataParallel does after its last `no_sync` pass.
 
     Done here since one step makes several backward passes through parts of the model, which DDP's hooks do not follow.
@@ -131,7 +132,7 @@ def average_gradients(model: nn.Module, bucket_bytes: int = 64 << 20) -> None:
     while grads:
         bucket: list[Tensor] = []
         size = 0
-        while grads and (not bucket or size + grads[0].nbytes <= bucket_bytes):
+        while grads and (not bucket or size + grads[0].nbytes <= BUCKET_BYTES):
             bucket.append(grads.pop(0))
             size += bucket[-1].nbytes
         flat = torch.cat([g.flatten() for g in bucket])

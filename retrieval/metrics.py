@@ -13,6 +13,7 @@ from math import comb
 import numpy as np
 
 KS = (1, 5, 10)  # the K of Recall@K
+NOISE_SIGMAS = 2.0  # a Recall nearer to chance than so many deviations may be luck
 NOT_FOUND = np.iinfo(np.int64).max
 
 
@@ -67,7 +68,7 @@ def recall_table(name: str, rows: dict[str, dict[str, float]]) -> list[str]:
     return lines
 
 
-def within_noise(metrics: dict[str, float], num_images: int, num_texts: int, sigmas: float = 2.0) -> bool:
+def within_noise(metrics: dict[str, float], num_images: int, num_texts: int) -> bool:
     """Whether R@1 and R@10 of both directions are what a random order gives, of `{key}` and `chance_{key}` in percent.
 
     Binomial: a random order's Recall over Q queries has the deviation sqrt(p (1 - p) / Q). Galleries so small that
@@ -80,7 +81,7 @@ def within_noise(metrics: dict[str, float], num_images: int, num_texts: int, sig
             deviation = (max(chance * (1 - chance), 0.0) / queries) ** 0.5
             if deviation < 1e-6:
                 continue
-            if abs(got - chance) >= sigmas * deviation:
+            if abs(got - chance) >= NOISE_SIGMAS * deviation:
                 return False
             told = True
     return told

@@ -114,15 +114,17 @@ def test_pin_memory():
     assert isinstance(pinned, TokenizedText) and all(tensor.is_pinned() for tensor in pinned)
 
 
-def test_vocabulary_is_checked(tmp_path):
+def test_vocabulary_is_checked(tmp_path, monkeypatch):
     vocabulary = read_vocabulary()
     assert len(vocabulary) == 30522
     assert (vocabulary["[PAD]"], vocabulary["[MASK]"], vocabulary["the"]) == (0, 103, 1996)
     content = text.VOCAB_FILE.read_bytes()
     damaged = tmp_path / "vocab.txt"
+    monkeypatch.setattr(text, "VOCAB_FILE", damaged)
     for wrong in (content[:-100], content.replace(b"\n", b"\r\n"), b""):
         damaged.write_bytes(wrong)
         with pytest.raises(ValueError, match="vocab.txt is damaged"):
-            read_vocabulary(damaged)
-    with pytest.raises(ValueError, match="absent.txt is missing"):
-        read_vocabulary(tmp_path / "absent.txt")
+            read_vocabulary()
+    damaged.unlink()
+    with pytest.raises(ValueError, match="vocab.txt is missing"):
+        read_vocabulary()

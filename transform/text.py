@@ -60,8 +60,9 @@ def clean_caption(caption: str, max_words: int = MAX_WORDS) -> str:
     return " ".join(text.split(" ")[:max_words])
 
 
-def read_vocabulary(path: Path = VOCAB_FILE) -> dict[str, int]:
+def read_vocabulary() -> dict[str, int]:
     """BERT's 30,522 word pieces and their ids; ValueError if the file is missing or differs in any byte."""
+    path = VOCAB_FILE
     remedy = "Restore it with `git checkout -- transform/bert-base-uncased-vocab.txt` (line endings must stay LF)."
     if not path.is_file():
         raise ValueError(f"The vocabulary {path} is missing. {remedy}")
