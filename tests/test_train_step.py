@@ -10,6 +10,7 @@ from fairscale.nn.checkpoint import checkpoint_wrapper
 from benchmarks.published import published_step
 from tests.conftest import random_captions, tiny_med, tiny_model
 from tests.golden import NOISE, argmax_instead_of_sampling, losses_by_rank
+from tests.test_train import lines, run
 from training.step import Negatives, RetrievalStep, train_step
 from transform.text import tokenize
 
@@ -190,6 +191,91 @@ def test_the_host_reads_nothing_but_the_draws(monkeypatch, negative_all_rank):
     report = train_step(model, image.float().to("meta"), text, idx.to("meta"), 0.3, RANKS, micro_batch=2)
     assert report.by_rank["loss_itm"].is_meta and model.itm_head.weight.grad.is_meta
     assert len(pools) == (1 if negative_all_rank else RANKS)
+
+
+def extra_loss(image_feat: torch.Tensor) -> torch.Tensor:
+    """(m, E) -> (m,): any function of one sample that the contrast does not compute."""
+    return (image_feat * torch.arange(image_feat.shape[1])).square().sum(1)
+
+
+class OneMoreLoss(RetrievalStep):
+    """What somebody writes who adds a loss: one line of image_terms."""
+
+    def image_terms(self, samples, image_tokens, image_feat, negatives):
+        terms = super().image_terms(samples, image_tokens, image_feat, negatives)
+        terms["loss_extra"] = terms["loss_ita"]._replace(values=extra_loss(image_feat), per_rank=self.batch)
+        return terms
+
+
+@pytest.mark.parametrize("negative_all_rank", [True, False])
+@pytest.mark.parametrize(("micro_batch", "keep_graphs"), [(2, 6), (5, 0), (None, 0)])
+def test_a_new_loss_term_adds_its_gradient(monkeypatch, negative_all_rank, micro_batch, keep_graphs):
+    argmax_instead_of_sampling(monkeypatch)
+    image, text, idx = inputs()
+    model = half_filled(tiny_model(F64, negative_all_rank=negative_all_rank))
+    plain, alone = copy.deepcopy(model), copy.deepcopy(model)
+    reports = [train_step(plain, image, text, idx, 0.3, RANKS, micro_batch, keep_graphs)]
+    monkeypatch.setattr("training.step.RetrievalStep", OneMoreLoss)
+    reports.append(train_step(model, image, text, idx, 0.3, RANKS, micro_batch, keep_graphs))
+
+    values = extra_loss(alone.image_feature(alone.encode_image(image)))  # (n,)
+    values.mean().backward()
+    expected, own = gradients(plain), gradients(alone)
+    assert own.keys() < expected.keys() and all(grad.norm() > 0 for grad in own.values())
+    assert_gradients_equal(gradients(model), {name: grad + own.get(name, 0) for name, grad in expected.items()}, 1e-11)
+
+    by_rank, extra = reports[0].by_rank, reports[1].by_rank.pop("loss_extra")
+    torch.testing.assert_close(extra, values.detach().view(RANKS, BATCH).mean(1).float())
+    assert by_rank.keys() == reports[1].by_rank.keys()
+    assert all(torch.equal(by_rank[name], reports[1].by_rank[name]) for name in by_rank)
+
+
+def test_a_new_loss_term_is_logged_and_changes_nothing_else(tiny_run, monkeypatch, capsys):
+    """Without a gradient of its own it must leave every other number of a run as it was."""
+    assert run(tiny_run) == 0
+    expected = lines(tiny_run / "out" / "log.txt")
+    (tiny_run / "out").rename(tiny_run / "plain")
+    assert "loss_extra" not in capsys.readouterr().err
+
+    monkeypatch.setattr("training.step.RetrievalStep", OneMoreLoss)
+    monkeypatch.setitem(globals(), "extra_loss", lambda image_feat, loss=extra_loss: loss(image_feat.detach()))
+    assert run(tiny_run) == 0
+    got = lines(tiny_run / "out" / "log.txt")
+    trained = [line.pop("train_loss_extra") for line in got if line.get("epoch", -1) >= 0]
+    assert len(trained) == 2 and min(trained) > 0
+    assert got == expected
+    steps = [line for line in capsys.readouterr().err.splitlines() if "images/s" in line and "loss_ita" in line]
+    assert steps and all(line.count("  loss_extra ") == 1 for line in steps)
+
+
+def test_a_stage_takes_what_the_stage_before_it_returned(monkeypatch):
+    """None can be called too early or with what is left of another call: a step keeps no results of its stages."""
+    argmax_instead_of_sampling(monkeypatch)
+    image, text, idx = inputs()
+    step = RetrievalStep(half_filled(tiny_model(F64)), image, text, idx, 0.3, RANKS)
+    first, second = step.pools()[:2]
+    kept = dict(vars(step))
+    values = {name: value.clone() for name, value in kept.items() if isinstance(value, torch.Tensor)}
+
+    text_feat, (tokens, image_feat) = step.encode_text(first), step.encode_image(first)
+    for call in (
+        lambda: step.text_terms(first),
+        lambda: step.draw_negatives(first, image_feat),
+        lambda: step.image_terms(first, tokens, image_feat),
+    ):
+        with pytest.raises(TypeError, match="missing 1 required positional argument"):
+            call()
+    drawn = step.draw_negatives(first, image_feat, text_feat)
+    with pytest.raises(AssertionError, match="not drawn their negatives"):  # another pool's
+        step.image_terms(second, *step.encode_image(second), drawn)
+
+    def loss_itm(negatives: Negatives) -> torch.Tensor:
+        return step.image_terms(first, tokens, image_feat, negatives)["loss_itm"].values.sum()
+
+    others = Negatives(drawn.image, [(i + 1) % BATCH if i < BATCH else -1 for i in drawn.text])
+    assert others != drawn and loss_itm(others) != loss_itm(drawn) == loss_itm(drawn)
+    assert vars(step).keys() == kept.keys() and all(vars(step)[name] is value for name, value in kept.items())
+    assert step.by_rank == {} and all(torch.equal(kept[name], value) for name, value in values.items())
 
 
 def test_a_pool_of_one_image_is_reported():
