@@ -117,7 +117,7 @@ def save_run(
             leftover.unlink()
         runs = find_runs(folder)
         place = runs.index(path)
-        for later in runs[:place]:  # damaged, or of a line that was given up by resuming an earlier save
+        for later in runs[:place]:  # damaged, or left behind when an earlier save was resumed
             log.warning("%s is ahead of this run: kept as %s.aside", later, later.name)
             later.rename(later.with_name(later.name + ".aside"))
         for older in runs[place + max(1, keep_last) :]:
@@ -193,15 +193,15 @@ def _require_same_experiment(path: Path, data: dict[str, Any], config: dict[str,
     breaking = [text for key, text in changed.items() if key in fixed and key in saved]
     if breaking:
         raise ValueError(
-            f"{path}: cannot go on with another experiment: {', '.join(breaking)}. Restore that, or start in a new "
-            "--output_dir."
+            f"{path}: the config now describes another experiment: {', '.join(breaking)}. Restore that, or start in "
+            "a new --output_dir."
         )
     for text in changed.values():
         _warn(f"resuming with a changed config: {text}")
     if data.get("world_size", get_world_size()) != get_world_size():
         log.info(
-            "resuming on %d processes what %d have saved: ranks_emulated and global_batch_size are the same",
-            get_world_size(), data["world_size"],
+            "%d processes have saved this run, %d resume it: ranks_emulated and global_batch_size are the same",
+            data["world_size"], get_world_size(),
         )  # fmt: skip
 
 

@@ -98,7 +98,7 @@ class TrainingTexts:
         image_of_text: Sequence[int] | None = None,
         num_images: int = 0,
     ):
-        """`lengths` (P,) on the host; `image_of_text` (P,), ascending in [0, num_images): whom each text looks at."""
+        """`lengths` (P,) on the host; `image_of_text` (P,), ascending in [0, num_images): which image it looks at."""
         length_of_text = np.asarray(lengths)
         self.num_texts, self.length = len(length_of_text), int(length_of_text.max())
         first_token = np.cumsum(length_of_text) - length_of_text  # (P,) row of each text's first token
@@ -143,10 +143,10 @@ class TrainingTexts:
 
 
 def _slots(group: np.ndarray, num_groups: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """Places of rows, in ascending order of their group, in a rectangle (num_groups, size of the largest group)."""
-    count = np.bincount(group, minlength=num_groups)
-    first = np.cumsum(count) - count  # row at which each group starts
-    place_in_group = np.arange(len(group)) - first[group]
+    """Where each of R rows goes in a rectangle (num_groups, size of the largest group); `group` (R,) is ascending."""
+    count = np.bincount(group, minlength=num_groups)  # (num_groups,)
+    first = np.cumsum(count) - count  # (num_groups,) row at which each group starts
+    place_in_group = np.arange(len(group)) - first[group]  # (R,)
     return group * count.max() + place_in_group, (num_groups, int(count.max()))
 
 
@@ -199,10 +199,10 @@ class ScoringTexts:
 
 
 class _Order:
-    """Rows sorted by image, and back."""
+    """Sorts the rows of (T, D) or (P, D) by image, and puts them back."""
 
     def __init__(self, order: np.ndarray, counts: np.ndarray, device: torch.device):
-        """`order`: which row comes at each place; `counts` (m,): rows of each image."""
+        """`order` (T,) or (P,): which row comes at each place; `counts` (m,): how many belong to each image."""
         self.counts = counts.tolist()
         self.trivial = bool((np.diff(order) > 0).all())
         if not self.trivial:

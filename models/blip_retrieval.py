@@ -93,7 +93,7 @@ class BLIP_Retrieval(nn.Module):
 
         Returns (loss_ita, loss_itm) of this process, to be averaged over processes. It clamps the temperature, moves
         the momentum twins and writes the queues, so call it once a step. `training.step.train_step` computes the same
-        in micro-batches. ValueError where all that a sample may draw shows the sample's own image.
+        in micro-batches. ValueError if a sample has no negative: all it may draw shows its own image.
         """
         text = caption if isinstance(caption, TokenizedText) else tokenize(caption)
         text = text.padded().to(image.device)  # (b, 35), so that processes can exchange them
@@ -107,7 +107,7 @@ class BLIP_Retrieval(nn.Module):
         self.update_momentum()
         image_feat_m, text_feat_m = self.momentum_features(image, text)  # (b, E), (b, E)
 
-        # 2. Contrast (ITC) with the momentum features of the own batch, and of the queue as it stood.
+        # 2. Contrast (ITC) with the momentum features of this batch, and of the queue as it stood.
         image_all = torch.cat([image_feat_m.T, self.image_queue], dim=1)  # (E, b + Q)
         text_all = torch.cat([text_feat_m.T, self.text_queue], dim=1)  # (E, b + Q)
         same = itc.positives(idx, idx.expand(b, b), self.idx_queue)  # (b, b + Q)
@@ -116,7 +116,7 @@ class BLIP_Retrieval(nn.Module):
         self.enqueue(all_gather(image_feat_m), all_gather(text_feat_m), all_gather(idx))
 
         # 3. Hard negatives: each text draws an image, then each image a text; the more similar, the likelier.
-        gather, gather_tokens = _own, _own  # among the c = b samples of the own rank ...
+        gather, gather_tokens = _own, _own  # among the c = b samples of this rank ...
         if self.negative_all_rank:
             gather, gather_tokens = all_gather, all_gather_with_gradient  # ... or among those of all ranks
         all_idx = gather(idx)  # (c,)
@@ -227,7 +227,7 @@ def _feature(proj: nn.Linear, states: Tensor) -> Tensor:
 
 
 def _own(x: Tensor) -> Tensor:
-    """Gathering among this rank alone."""
+    """Gather from this rank alone."""
     return x
 
 

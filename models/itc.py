@@ -2,7 +2,7 @@
 
 Sources: Li et al. 2021 (ALBEF, arXiv 2107.07651, section 3.2 and 3.3), BLIP's `models/blip_retrieval.py`.
 
-Shapes: m images or texts whose loss is wanted, b the batch of their own rank, Q queue size, E embedding width.
+Shapes: m images or texts whose loss is wanted, b samples of their rank, Q queue size, E embedding width.
 """
 
 import torch
@@ -13,9 +13,9 @@ EMPTY = -100  # id of a queue slot that nothing was written to yet
 
 
 def similarities(feat: Tensor, own_m: Tensor, queue: Tensor) -> Tensor:
-    """Cosines with the other modality's momentum features: those of the own rank's batch, then those in the queue.
+    """Cosines with the other modality's momentum features: first of the sample's rank, then in the queue.
 
-    feat (m, E), own_m (m, b, E) as each may be of another rank, queue (E, Q) -> (m, b + Q).
+    feat (m, E), own_m (m, b, E) those of each sample's rank, queue (E, Q) -> (m, b + Q).
     """
     return torch.cat([torch.einsum("me,mbe->mb", feat, own_m), feat @ queue], dim=1)
 
@@ -28,7 +28,7 @@ def positives(idx: Tensor, own_idx: Tensor, idx_queue: Tensor) -> Tensor:
 
 
 def soft_targets(sim_m: Tensor, positive: Tensor, temp: Tensor, alpha: float) -> Tensor:
-    """alpha parts of the momentum encoders' own belief, the rest the positives; all (m, b + Q)."""
+    """alpha parts of what the momentum encoders predict, the rest the positives; all (m, b + Q)."""
     return alpha * F.softmax(sim_m / temp, dim=1) + (1 - alpha) * positive
 
 

@@ -2,8 +2,8 @@
 
 A candidate is right when its id equals the query's: several captions of an image, and several images of one id, are all
 right answers. The place of a query's answer is the number of candidates that score better than the best right one; on a
-tie the lower gallery index comes first. A right answer outside the shortlist is not found at any K. (BLIP sorts dense
-rows with numpy's unstable argsort, so its ties are undefined; without ties the numbers are the same.)
+tie the lower gallery index comes first. A right answer outside the shortlist is not found at any K. (BLIP sorts each
+row of a dense score matrix with numpy's unstable argsort: its ties are undefined; without ties the numbers are equal.)
 
 Shapes: Q queries, G gallery, k shortlist.
 """
@@ -58,13 +58,13 @@ def chance_metrics(image_ids: np.ndarray, text_ids: np.ndarray) -> dict[str, flo
     return {**txt, **img, "r_mean": (txt["txt_r_mean"] + img["img_r_mean"]) / 2}
 
 
-def recall_table(name: str, rows: dict[str, dict[str, float]]) -> list[str]:
+def recall_table(name: str, metrics_of: dict[str, dict[str, float]]) -> list[str]:
     """Lines with Recall@K in percent, one for each way to rank."""
     ks = "".join(f"{f'R@{k}':>8}" for k in KS)
     lines = [f"{name:18} {'image -> text':>24}  {'text -> image':>24}", f"{'Recall, %':18} {ks}  {ks}  {'mean':>8}"]
-    for row, metrics in rows.items():
+    for ranking, metrics in metrics_of.items():
         txt, img = ("".join(f"{metrics[f'{way}_r{k}']:8.2f}" for k in KS) for way in ("txt", "img"))
-        lines.append(f"{row:18} {txt}  {img}  {metrics['r_mean']:8.2f}")
+        lines.append(f"{ranking:18} {txt}  {img}  {metrics['r_mean']:8.2f}")
     return lines
 
 

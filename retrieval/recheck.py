@@ -3,7 +3,7 @@
 A query counts for Recall@K when fewer than K wrong candidates score above its best right one. The right candidates are
 scored again in float32, and a random sample, which measures bfloat16's error. After that only those candidates matter
 that lie so near to the best right one that the error could have put them on its wrong side, and only where a Recall@K
-hangs on them. Not proven but checked: every pair that is scored again tells whether the margin held.
+depends on them. That the margin suffices is not proven but checked on every pair that is scored again.
 
 Shapes: P pairs, Q queries, k shortlist.
 """
@@ -65,7 +65,7 @@ def _first_pairs(num_pairs: int, directions: Sequence[Queries]) -> np.ndarray:
 
 
 def open_pairs(scores: np.ndarray, known: np.ndarray, directions: Sequence[Queries], margin: float) -> np.ndarray:
-    """Which pairs (P,) may be on the wrong side of a best right answer, where a query's Recall@K hangs on them.
+    """Which pairs (P,) may be on the wrong side of a best right answer, where a query's Recall@K depends on them.
 
     `known` (P,) marks scores without error, those of all right answers among them.
     """
@@ -74,9 +74,9 @@ def open_pairs(scores: np.ndarray, known: np.ndarray, directions: Sequence[Queri
         score = scores[queries.pair] + queries.cosine  # (Q, k)
         best = np.where(queries.right, score, -np.inf).max(1, keepdims=True)
         unsure = ~queries.right & ~known[queries.pair] & (np.abs(score - best) <= margin)
-        tied = ~queries.right & (score == best)  # which side these are on is the metric's business
+        tied = ~queries.right & (score == best)  # on which side these count, the metric decides
         fewest = ((score > best) & ~unsure).sum(1)  # wrong candidates ahead, at least and at most
         most = fewest + (unsure | tied).sum(1)
-        hangs = np.any([(fewest < k) & (k <= most) for k in KS], axis=0)
-        is_open[queries.pair[unsure & hangs[:, None]]] = True
+        matters = np.any([(fewest < k) & (k <= most) for k in KS], axis=0)
+        is_open[queries.pair[unsure & matters[:, None]]] = True
     return is_open

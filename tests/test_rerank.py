@@ -244,7 +244,7 @@ def test_open_pairs_by_hand():
     def found(*wrong: float) -> list[int]:
         return np.flatnonzero(open_pairs(np.array([0.0, *wrong]), known, [queries], margin=0.1)).tolist()
 
-    assert found(-1, -1, -1, 0.05, -0.05, -1) == [4, 5]  # rank 0, 1 or 2: R@1 hangs on it
+    assert found(-1, -1, -1, 0.05, -0.05, -1) == [4, 5]  # place 0, 1 or 2: R@1 depends on it
     assert found(1, 1, -1, 0.05, -0.05, -1) == []  # rank 2, 3 or 4: R@1 missed, R@5 hit
     assert found(1, 1, 1, 0.05, -0.05, -1) == [4, 5]  # rank 3, 4 or 5
     assert found(1, 1, 1, 1, 1, 0.0) == []  # rank 5 or 6

@@ -37,16 +37,16 @@ CPU_SECONDS = 10.0  # a slow machine times so many samples a step that it lasts 
 
 
 class DrySizes(NamedTuple):
-    """What the run goes through."""
+    """Numbers of the data that a run goes through."""
 
     train_captions: int
     val_images: int
     val_captions: int
 
 
-def synthetic_captions(count: int, vocab_size: int, seed: int = 0) -> TokenizedText:
+def synthetic_captions(count: int, vocab_size: int) -> TokenizedText:
     """Random words with the lengths of COCO's captions: (count, 35)."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     share = np.array(CAPTION_LENGTHS) / sum(CAPTION_LENGTHS)
     lengths = rng.choice(np.arange(8, MAX_TOKENS + 1), count, p=share)[:, None]
     place = np.arange(MAX_TOKENS)
@@ -57,11 +57,11 @@ def synthetic_captions(count: int, vocab_size: int, seed: int = 0) -> TokenizedT
     return TokenizedText(torch.from_numpy(ids), torch.from_numpy((place < lengths).astype(np.int64)))
 
 
-def synthetic_batch(count: int, image_size: int, vocab_size: int, seed: int = 0) -> TrainBatch:
+def synthetic_batch(count: int, image_size: int, vocab_size: int) -> TrainBatch:
     """Random pixels and words, every sample of another image."""
-    pixels = torch.randn(count, 3, image_size, image_size, generator=torch.Generator().manual_seed(seed))
+    pixels = torch.randn(count, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     names = [f"random {i}" for i in range(count)]
-    return TrainBatch(pixels, synthetic_captions(count, vocab_size, seed), torch.arange(count), names)
+    return TrainBatch(pixels, synthetic_captions(count, vocab_size), torch.arange(count), names)
 
 
 def dry_run(
@@ -113,7 +113,7 @@ def print_dry_run(model: BLIP_Retrieval, job: Job) -> None:
 
 
 class Trial(NamedTuple):
-    """What a step needs."""
+    """Trial steps of any size, on parts of one batch."""
 
     model: BLIP_Retrieval
     cfg: RetrievalConfig
@@ -122,7 +122,7 @@ class Trial(NamedTuple):
     device: torch.device
 
     def gradients(self, samples: int, ranks: int, micro_batch: int, keep_graphs: int) -> None:
-        """The gradients of the first `samples`."""
+        """The gradients of a step on the batch's first `samples`."""
         text = TokenizedText(*(x[:samples] for x in self.batch.text))
         image, idx = (x[:samples].to(self.device, non_blocking=True) for x in (self.batch.image, self.batch.idx))
         self.model.zero_grad()
@@ -200,7 +200,7 @@ def time_steps(trial: Trial, local: int, micro_batch: int, keep_graphs: int) -> 
 
 
 def _seconds(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
-    """How long it takes, the mean over processes so that all decide alike, and what it returns."""
+    """Seconds that `work` takes, the mean over processes so that all decide alike, and what it returns."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -224,19 +224,19 @@ class Rates(NamedTuple):
 
 @torch.inference_mode()
 def evaluation_rates(model: BLIP_Retrieval, cfg: RetrievalConfig, sizes: DrySizes) -> Rates:
-    """Encode and score a small random gallery, with as many pairs an image as the real one has."""
+    """Encode and score a small random gallery, with as many pairs for each image as the real one has."""
     device, cuda = model.temp.device, model.temp.device.type == "cuda"
-    own, num_texts = (min(16, cfg.batch_size_test), 2048) if cuda else (1, 32)
-    num_images = own * get_world_size()  # one block for each process
-    pixels = torch.randn(own, 3, cfg.image_size, cfg.image_size)
+    block, num_texts = (min(16, cfg.batch_size_test), 2048) if cuda else (1, 32)
+    num_images = block * get_world_size()  # one block for each process
+    pixels = torch.randn(block, 3, cfg.image_size, cfg.image_size)
     captions = synthetic_captions(num_texts, model.text_encoder.config.vocab_size)
     with precision(model, "tf32" if cfg.eval_precision == "tf32" else "fp32"):  # the encoders', as in `rerank`
         for _ in range(2):  # the first warms up
-            image_seconds, images = _seconds(device, lambda: encode_images(model, [pixels], num_images, own))
+            image_seconds, images = _seconds(device, lambda: encode_images(model, [pixels], num_images, block))
             text_seconds, texts = _seconds(device, lambda: encode_texts(model, captions, cfg.rerank_tokens))
-    real = -(-max_pairs(cfg, sizes) // sizes.val_images)  # pairs of an image
+    real = -(-max_pairs(cfg, sizes) // sizes.val_images)  # pairs of an image in the real gallery
     with precision(model, cfg.eval_precision):
-        for per_image in (min(8 * 4**i, real) for i in range(20)):  # until it lasts a second: small sets mislead
+        for per_image in (min(8 * 4**i, real) for i in range(20)):  # more until it lasts a second: few pairs mislead
             image = np.repeat(np.arange(num_images), per_image)
             text = np.arange(len(image)) % len(texts.lengths)
             score = partial(score_pairs, model, images, texts, image, text, cfg.rerank_tokens)

@@ -15,7 +15,7 @@ from transform.text import MAX_TOKENS, TokenizedText
 log = logging.getLogger("blip")
 
 MARGIN = 0.9  # of the free GPU memory: the rest is lost to fragmentation and to what other libraries allocate
-QUEUE_ROWS = 8  # (m, Q) float32 matrices that the contrast of a micro-batch holds at its peak
+QUEUE_MATRICES = 8  # (m, Q), float32, that the contrast of a micro-batch holds at its peak
 
 
 def auto_keep_graphs(
@@ -23,7 +23,7 @@ def auto_keep_graphs(
     image_size: int,
     micro_batch: int,
     samples: int,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer,
 ) -> int:
     """How many of the `samples` image graphs of a step fit into free memory: `keep_graphs: auto`.
 
@@ -47,7 +47,7 @@ def auto_keep_graphs(
 
 
 def _measure_gpu(
-    model: BLIP_Retrieval, image_size: int, micro_batch: int, samples: int, optimizer: torch.optim.Optimizer | None
+    model: BLIP_Retrieval, image_size: int, micro_batch: int, samples: int, optimizer: torch.optim.Optimizer
 ) -> tuple[float, float]:
     """Bytes of an image's graph, and bytes that graphs may take."""
     device = model.temp.device
@@ -64,7 +64,7 @@ def _measure_gpu(
             "--dry_run finds the largest that fits."
         )
     pixels = samples * 3 * image_size**2 * 4  # of all samples of a step, which the probe did not hold
-    contrast = QUEUE_ROWS * micro_batch * model.queue_size * 4
+    contrast = QUEUE_MATRICES * micro_batch * model.queue_size * 4
     rest = peak - graph + pixels + contrast + _missing_state(optimizer)
     return graph / micro_batch, MARGIN * available - rest
 
@@ -92,10 +92,8 @@ def _run_micro_batch(model: BLIP_Retrieval, image_size: int, size: int, before: 
         model.zero_grad()
 
 
-def _missing_state(optimizer: torch.optim.Optimizer | None) -> int:
+def _missing_state(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the two moments that AdamW will allocate in its first step."""
-    if optimizer is None:
-        return 0
     return sum(2 * p.nbytes for group in optimizer.param_groups for p in group["params"] if p not in optimizer.state)
 
 

@@ -174,7 +174,7 @@ class RetrievalStep:
         self.model.enqueue(all_gather(self.image_feat_m), all_gather(self.text_feat_m), all_gather(self.idx))
 
     def _contrast(self, samples: slice, feat: Tensor, feat_m: Tensor, other_m: Tensor, queue: Tensor) -> Term:
-        """One direction of the contrast of samples (m, E) with their own rank's momentum features and the queue."""
+        """One direction of the contrast, of feat (m, E) with the momentum features of their rank and the queue."""
         rank = torch.arange(samples.start, samples.stop, device=feat.device) // self.batch  # (m,) of this process
         own_m = other_m.unflatten(0, (self.ranks, -1))[rank]  # (m, b, E)
         with torch.no_grad():
@@ -247,7 +247,7 @@ def slices(start: int, stop: int, size: int) -> list[slice]:
 
 
 def _backward_texts(step: RetrievalStep, samples: slice, poll: Callable[[], None]) -> Tensor:
-    """Features (m, E) without graph, after the backward pass of what texts alone decide."""
+    """Features (m, E) without graph, after the backward pass of the losses of texts alone."""
     poll()
     feat = step.encode_text(samples)
     step.add_up(step.text_terms(samples, feat)).backward()
@@ -255,7 +255,7 @@ def _backward_texts(step: RetrievalStep, samples: slice, poll: Callable[[], None
 
 
 class _EncodedPart(NamedTuple):
-    """Images of a micro-batch: with tokens and graph, or with the random state to encode them again with."""
+    """Images of a micro-batch: tokens and graph, or the random state with which to encode them again."""
 
     samples: slice
     feat: Tensor  # (m, E)
@@ -274,7 +274,7 @@ def _encode(step: RetrievalStep, samples: slice, keep: bool, poll: Callable[[], 
 
 
 def _backward_images(step: RetrievalStep, part: _EncodedPart, negatives: Negatives, poll: Callable[[], None]) -> None:
-    """Forward of what was not kept, and the backward pass of what images and their pairs decide."""
+    """Encode again what was not kept, then the backward pass of the losses of images and of their pairs."""
     poll()
     samples, feat, image_tokens, rng_state = part
     if image_tokens is None:
