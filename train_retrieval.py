@@ -12,10 +12,13 @@ nothing. A run folder gets `config.yaml`, `log.txt` (one JSON line an epoch), pe
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from configs.schema import RetrievalConfig, load_config
+
+SILENT_SECONDS = 1.0  # the launcher ends all processes as soon as one has ended: rank 0 should have spoken by then
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -65,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         cfg = load_config(args.config, args.set, int(os.environ.get("WORLD_SIZE", 1)))
+    except (ValueError, OSError) as error:
+        return refuse(error)
+    try:
         return run(cfg, args)
     except (ValueError, OSError) as error:  # OSError: a disk that fills up, for instance
         print(f"error: {error}", file=sys.stderr)
@@ -72,6 +78,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("aborted: nothing more was saved", file=sys.stderr)
         return 130
+
+
+def refuse(error: Exception) -> int:
+    """Exit status of a config that cannot work. All processes have read the same one: rank 0 says what is wrong."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        time.sleep(SILENT_SECONDS)
+    return 2
 
 
 def run(cfg: RetrievalConfig, args: argparse.Namespace) -> int:

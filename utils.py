@@ -22,6 +22,7 @@ from torch.distributed.nn.functional import all_gather as gather_with_gradient
 log = logging.getLogger("blip")
 
 PRINT_SECONDS = 10.0  # between lines of progress
+NAMED_IMAGES = 10  # of a step, in an error message
 BUCKET_BYTES = 64 << 20  # of gradients that are averaged in one call
 
 # ---- processes ----------------------------------------------------------------------------------------------------
@@ -160,17 +161,17 @@ def format_seconds(seconds: float) -> str:
 
 
 class Progress:
-    """Logs how far a long loop is, its rate and its ETA, at most every `every` seconds; silent when it is quick."""
+    """Logs how far a long loop is, its rate and its ETA, a line in PRINT_SECONDS at most; silent when it is quick."""
 
-    def __init__(self, what: str, total: int, unit: str, every: float = PRINT_SECONDS):
-        self.what, self.total, self.unit, self.every = what, total, unit, every
+    def __init__(self, what: str, total: int, unit: str):
+        self.what, self.total, self.unit = what, total, unit
         self.done, self.start = 0, time.monotonic()
         self.last = self.start
 
     def add(self, count: int) -> None:
         self.done += count
         now = time.monotonic()
-        if now - self.last < self.every and not (self.done == self.total and self.last > self.start):
+        if now - self.last < PRINT_SECONDS and not (self.done == self.total and self.last > self.start):
             return
         self.last = now
         rate = self.done / (now - self.start)
@@ -179,7 +180,7 @@ class Progress:
 
 
 def memory_mb(device: torch.device) -> float:
-    """Peak memory so far: of this process on the GPU, or of this process on the host."""
+    """Peak memory of this process so far, on the GPU or else on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
@@ -262,26 +263,27 @@ def record(path: Path, stats: dict[str, float]) -> None:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file that `record` wrote."""
+    """The lines of a file that `record` wrote."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def keep_log_until(path: Path, epoch: int) -> None:
     """Drop the lines that a resumed run writes again: those of `epoch` and later, and the test line."""
     if path.exists():
-        kept = [row for row in read_log(path) if row.get("epoch", epoch) < epoch]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        kept = [line for line in read_log(path) if line.get("epoch", epoch) < epoch]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
-def name_images(names: list[str], path: Path, limit: int = 10) -> str:
+def name_images(names: list[str], path: Path) -> str:
     """A sentence with the first images of a step; where there are more, `path` gets them all, one a line."""
     if not names:
         return ""
-    if len(names) <= limit:
+    if len(names) <= NAMED_IMAGES:
         return f" Images of this step: {', '.join(names)}."
     if is_main():
         path.write_text("\n".join(names) + "\n", encoding="utf-8")
-    return f" Images of this step: {', '.join(names[:limit])} and {len(names) - limit} more, all in {path}."
+    named, more = ", ".join(names[:NAMED_IMAGES]), len(names) - NAMED_IMAGES
+    return f" Images of this step: {named} and {more} more, all in {path}."
 
 
 class NotFinite(ValueError):

@@ -161,7 +161,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{folder}: no Hugging Face folder, it has no {CONFIG}.") from None
+        raise ValueError(f"{folder}: not a Hugging Face folder, it has no {CONFIG}.") from None
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error}).") from None
     named = values.get("architectures") or [] if isinstance(values, dict) else []
@@ -197,4 +197,6 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise DamagedFile(f"{path}: no safetensors file, or cut short ({error}). Copy or download it again.") from None
+        raise DamagedFile(
+            f"{path}: not a safetensors file, or cut short ({error}). Copy or download it again."
+        ) from None

@@ -62,8 +62,8 @@ def open_weights(source: str, cache_dir: str = "") -> WeightFile:
         saves = [save for save in (path / BEST, *find_runs(path)) if save.exists()]
         if not saves:
             raise ValueError(
-                f"{path}: no Hugging Face folder, it has no {CONFIG}, and no run folder: it has no {BEST} nor another "
-                "save of a run."
+                f"{path}: neither a Hugging Face folder (it has no {CONFIG}) nor a run folder (it has neither {BEST} "
+                "nor another save)."
             )
         return read_weights(saves[0])
     return read_folder(path) if path.is_dir() else read_weights(path)

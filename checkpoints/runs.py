@@ -193,16 +193,16 @@ def _require_same_experiment(path: Path, data: dict[str, Any], config: dict[str,
     breaking = [text for key, text in changed.items() if key in fixed and key in saved]
     if breaking:
         raise ValueError(
-            f"{path}: cannot go on with another experiment: {', '.join(breaking)}. Restore that, or start in a new "
-            "--output_dir."
+            f"{path}: the config now describes another experiment: {', '.join(breaking)}. Restore that, or start in "
+            "a new --output_dir."
         )
     for key, text in changed.items():
         hint = ": from here on the learning rate follows the cosine over the new number" if key == "max_epoch" else ""
         _warn(f"resuming with a changed config: {text}{hint}")
     if data.get("world_size", get_world_size()) != get_world_size():
         log.info(
-            "resuming on %d processes what %d have saved: ranks_emulated and global_batch_size are the same",
-            get_world_size(), data["world_size"],
+            "%d processes have saved this run, %d resume it: ranks_emulated and global_batch_size are the same",
+            data["world_size"], get_world_size(),
         )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from configs.sizes import VIT_SIZES
 IGNORED_PARTS = ("text_decoder.", "text_decoder_m.", "text_encoder.pooler.", "text_encoder_m.pooler.")
 # `arange` in the published files; this code counts positions itself.
 IGNORED_BUFFERS = ("position_ids",)
-# Features and ids of somebody else's images; only the resuming of a run restores its own. `queue_ptr`: pre-training's.
+# They hold features and ids of another run's images: only `resume` restores them. `queue_ptr`: pre-training's.
 QUEUES = ("image_queue", "text_queue", "idx_queue", "ptr_queue", "queue_ptr")
 # May be absent together: then they start at the online weights.
 TWINS = ("visual_encoder_m.", "vision_proj_m.", "text_encoder_m.", "text_proj_m.")
@@ -76,7 +76,7 @@ def read_pth(path: Path, check_sums: bool = False) -> dict[str, Any]:
         zipped = head.startswith(b"PK")  # the format since PyTorch 1.6
         broken = zipfile.ZipFile(path).testzip() if check_sums and zipped else None
         if broken:
-            raise DamagedFile(f"{path}: damaged, the check sum of its record {broken} is wrong.")
+            raise DamagedFile(f"{path}: damaged, the checksum of its record {broken} is wrong.")
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except (DamagedFile, MemoryError):
         raise
@@ -96,7 +96,7 @@ def _explained(path: Path, error: Exception) -> ValueError:
             f"{{'model': torch.load({path.name!r}, weights_only=False)['model']}}, 'weights.pth')."
         )
     reason = f" ({error.strerror})" if isinstance(error, OSError) else ""  # torch's own words speak of its internals
-    return DamagedFile(f"{path}: no PyTorch checkpoint, or cut short{reason}. Copy or download it again.")
+    return DamagedFile(f"{path}: not a PyTorch checkpoint, or cut short{reason}. Copy or download it again.")
 
 
 def _refuse_text(path: Path, head: bytes) -> None:
@@ -208,7 +208,9 @@ def _grid(tokens: int, name: str) -> int:
     """Side g of the square grid behind 1 + g^2 position embeddings."""
     side = math.isqrt(max(tokens - 1, 0))
     if side < 1 or side * side != tokens - 1:
-        raise ValueError(f"{name}: {tokens - 1} patch positions are no square grid; only square images are supported.")
+        raise ValueError(
+            f"{name}: {tokens - 1} patch positions do not form a square grid; only square images are supported."
+        )
     return side
 
 

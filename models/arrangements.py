@@ -143,10 +143,10 @@ class TrainingTexts:
 
 
 def _slots(group: np.ndarray, num_groups: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """Where members, sorted by their `group`, go in a rectangle (num_groups, size of the largest), and its shape."""
-    count = np.bincount(group, minlength=num_groups)
-    first = np.cumsum(count) - count  # (num_groups,) place of each group's first member
-    place_in_group = np.arange(len(group)) - first[group]
+    """Where each of R rows goes in a rectangle (num_groups, size of the largest group); `group` (R,) is ascending."""
+    count = np.bincount(group, minlength=num_groups)  # (num_groups,)
+    first = np.cumsum(count) - count  # (num_groups,) row at which each group starts
+    place_in_group = np.arange(len(group)) - first[group]  # (R,)
     return group * count.max() + place_in_group, (num_groups, int(count.max()))
 
 
@@ -199,10 +199,10 @@ class ScoringTexts:
 
 
 class _Order:
-    """Sorts tokens, or texts, by image, and puts them back."""
+    """Sorts the rows of (T, D) or (P, D) by image, and puts them back."""
 
     def __init__(self, order: np.ndarray, counts: np.ndarray, device: torch.device):
-        """`order`: what comes at each place; `counts` (m,): how many belong to each image."""
+        """`order` (T,) or (P,): which row comes at each place; `counts` (m,): how many belong to each image."""
         self.counts = counts.tolist()
         self.trivial = bool((np.diff(order) > 0).all())
         if not self.trivial:

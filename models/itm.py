@@ -65,6 +65,7 @@ def pairs_by_image(first: int, last: int, negative_image: list[int], negative_te
     An image is paired with its own text, the text it drew, and every text that drew it. Over all images these are
     BLIP's three pairs a sample, in another order: as each pair has one image, no pair needs two micro-batches.
     """
+    assert -1 not in negative_text[first:last], "these images have not drawn their negatives yet"
     drew: dict[int, list[int]] = {}
     for text, image in enumerate(negative_image):
         if first <= image < last:

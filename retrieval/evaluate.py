@@ -54,9 +54,9 @@ def evaluate(
     split: str,
     poll: Callable[[], None] = never_stop,
 ) -> dict[str, float]:
-    """Recall of one split in percent, keys prefixed `val_` or `test_`; NotFinite when a score is no number.
+    """Recall of one split in percent, keys prefixed `val_` or `test_`; NotFinite when a score is not finite.
 
-    BLIP's nine keys are of the re-ranked lists; `itc_*` are the same nine from contrast alone, `chance_*` by luck.
+    BLIP's nine keys are of the re-ranked lists; `itc_*` the same from contrast alone, `chance_*` by a random order.
     """
     num_images = len(annotations.images)
     own_images = [i for block in own_blocks(num_images, cfg.batch_size_test) for i in block]
@@ -75,8 +75,8 @@ def evaluate(
     except ValueError as error:
         raise NotFinite(f"{annotations.name}: {error}") from None
     chance = chance_metrics(*ids)
-    rows = {"re-ranked (ITM)": itm, "contrast (ITC)": itc, "chance": chance}
-    for line in recall_table(annotations.name, rows):
+    rankings = {"re-ranked (ITM)": itm, "contrast (ITC)": itc, "chance": chance}
+    for line in recall_table(annotations.name, rankings):
         log.info("%s", line)
     kinds = {"": itm, "itc_": itc, "chance_": chance}
     return {f"{split}_{kind}{k}": v for kind, metrics in kinds.items() for k, v in metrics.items()}

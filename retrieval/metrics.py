@@ -25,9 +25,9 @@ def places(candidates: np.ndarray, scores: np.ndarray, query_ids: np.ndarray, ga
             "(a diverged run, or a checkpoint that does not fit), so no Recall exists."
         )
     right = gallery_ids[candidates] == query_ids[:, None]  # (Q, k)
-    best = np.where(right, scores, -np.inf).max(1, keepdims=True)
-    first = np.where(right & (scores == best), candidates, NOT_FOUND).min(1, keepdims=True)
-    ahead = (scores > best) | ((scores == best) & (candidates < first))
+    best = np.where(right, scores, -np.inf).max(1, keepdims=True)  # (Q, 1)
+    first = np.where(right & (scores == best), candidates, NOT_FOUND).min(1, keepdims=True)  # (Q, 1) gallery index
+    ahead = (scores > best) | ((scores == best) & (candidates < first))  # (Q, k)
     return np.where(right.any(1), ahead.sum(1), NOT_FOUND)
 
 
@@ -89,8 +89,8 @@ def within_noise(metrics: dict[str, float], num_images: int, num_texts: int) -> 
 
 def _chance(query_ids: np.ndarray, gallery_ids: np.ndarray, prefix: str) -> dict[str, float]:
     ids, counts = np.unique(gallery_ids, return_counts=True)
-    nearest = np.searchsorted(ids, query_ids).clip(max=len(ids) - 1)
-    right = np.where(ids[nearest] == query_ids, counts[nearest], 0)  # right answers of each query
+    nearest = np.searchsorted(ids, query_ids).clip(max=len(ids) - 1)  # (Q,)
+    right = np.where(ids[nearest] == query_ids, counts[nearest], 0)  # (Q,) right answers of each query
     total = len(gallery_ids)
     values = {}
     for k in KS:

@@ -72,11 +72,11 @@ def open_pairs(scores: np.ndarray, known: np.ndarray, directions: Sequence[Queri
     is_open = np.zeros(len(scores), dtype=bool)
     for queries in directions:
         score = scores[queries.pair] + queries.cosine  # (Q, k)
-        best = np.where(queries.right, score, -np.inf).max(1, keepdims=True)
-        unsure = ~queries.right & ~known[queries.pair] & (np.abs(score - best) <= margin)
-        tied = ~queries.right & (score == best)  # the metric decides which side these are on
-        fewest = ((score > best) & ~unsure).sum(1)  # wrong candidates ahead, at least and at most
-        most = fewest + (unsure | tied).sum(1)
-        depends = np.any([(fewest < k) & (k <= most) for k in KS], axis=0)
-        is_open[queries.pair[unsure & depends[:, None]]] = True
+        best = np.where(queries.right, score, -np.inf).max(1, keepdims=True)  # (Q, 1)
+        unsure = ~queries.right & ~known[queries.pair] & (np.abs(score - best) <= margin)  # (Q, k)
+        tied = ~queries.right & (score == best)  # (Q, k) the metric decides on which side these count
+        fewest = ((score > best) & ~unsure).sum(1)  # (Q,) wrong candidates ahead, at least ...
+        most = fewest + (unsure | tied).sum(1)  # (Q,) ... and at most
+        matters = np.any([(fewest < k) & (k <= most) for k in KS], axis=0)  # (Q,)
+        is_open[queries.pair[unsure & matters[:, None]]] = True
     return is_open

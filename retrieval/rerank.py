@@ -133,9 +133,9 @@ def encode_texts(
     """Every process encodes all texts: 0.3 % of a COCO evaluation. Texts of one length go together, unpadded."""
     device, encoder = model.temp.device, model.text_encoder
     _, first, distinct = np.unique(captions.input_ids.numpy(), axis=0, return_index=True, return_inverse=True)
-    ids = captions.input_ids[torch.from_numpy(first)]
-    lengths = captions.attention_mask.sum(1).numpy()[first]
-    start = np.cumsum(lengths) - lengths  # (U,)
+    ids = captions.input_ids[torch.from_numpy(first)]  # (U, L), padded
+    lengths = captions.attention_mask.sum(1).numpy()[first]  # (U,)
+    start = np.cumsum(lengths) - lengths  # (U,) each text's first row of `states`
     feat = torch.empty(len(lengths), model.text_proj.out_features, dtype=model.temp.dtype, device=device)
     states = torch.empty(int(lengths.sum()), encoder.config.hidden_size, dtype=model.temp.dtype, device=device)
     for length in np.unique(lengths):
@@ -146,7 +146,7 @@ def encode_texts(
             text = TokenizedText(input_ids, torch.ones_like(input_ids))
             with model.autocast():
                 unpadded = PlainTexts(attention_mask=None)
-                states_cls = encoder(text, arrangement=unpadded, cls_only=True)
+                states_cls = encoder(text, arrangement=unpadded, cls_only=True)  # (P, 1, D)
                 x = encoder.embeddings(as_match_input(text).input_ids)  # (P, length, D)
                 x = encoder.encoder.layer[0].text_part(x, unpadded)
             feat[on_device(device, part)] = model.text_feature(states_cls)
@@ -229,12 +229,12 @@ class Pairs:
 def needed_pairs(lists: Shortlists, distinct: np.ndarray) -> Pairs:
     """The union of both directions' pairs; `distinct` (M,) maps captions to texts."""
     num_texts = int(distinct.max()) + 1
-    i2t = np.arange(len(lists.i2t))[:, None] * num_texts + distinct[lists.i2t]  # (N, k) image * U + text
+    i2t = np.arange(len(lists.i2t))[:, None] * num_texts + distinct[lists.i2t]  # (N, k)
     t2i = lists.t2i.astype(np.int64) * num_texts + distinct[:, None]  # (M, k)
     codes = torch.from_numpy(np.concatenate([i2t.ravel(), t2i.ravel()]))
     codes, pair = torch.unique(codes, return_inverse=True)  # sorted; far faster than numpy's
     image, text = (x.astype(np.int32) for x in np.divmod(codes.numpy(), num_texts))
-    pair = pair.int().numpy()
+    pair = pair.int().numpy()  # (N * k + M * k,)
     return Pairs(image, text, pair[: i2t.size].reshape(i2t.shape), pair[i2t.size :].reshape(t2i.shape))
 
 

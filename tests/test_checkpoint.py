@@ -200,7 +200,7 @@ def test_shape_that_no_size_explains_is_named(tmp_path):
 
 def test_positions_of_no_square_grid_are_refused(tmp_path):
     state = official_state(small_model()) | {"visual_encoder.pos_embed": torch.zeros(1, 7, 96)}
-    with pytest.raises(ValueError, match="6 patch positions are no square grid"):
+    with pytest.raises(ValueError, match="6 patch positions do not form a square grid"):
         load_pretrained(small_model(), save(tmp_path / "a.pth", state))
 
 
@@ -248,9 +248,9 @@ def damaged_files(folder: Path) -> dict[str, str]:
     (folder / "legacy_cut.pth").write_bytes((folder / "legacy.pth").read_bytes()[:-20])
     (folder / "archive.pth").write_bytes(b"PK\x03\x04" + bytes(500))
     return {
-        "cut.pth": "cut short", "head.pth": "cut short", "zeros.pth": "no PyTorch checkpoint",
-        "random.pth": "no PyTorch checkpoint", "empty.pth": "is empty", "page.pth": "a web page",
-        "lfs.pth": "git lfs pull", "legacy_cut.pth": "cut short", "archive.pth": "no PyTorch checkpoint",
+        "cut.pth": "cut short", "head.pth": "cut short", "zeros.pth": "not a PyTorch checkpoint",
+        "random.pth": "not a PyTorch checkpoint", "empty.pth": "is empty", "page.pth": "a web page",
+        "lfs.pth": "git lfs pull", "legacy_cut.pth": "cut short", "archive.pth": "not a PyTorch checkpoint",
     }  # fmt: skip
 
 
@@ -295,7 +295,7 @@ def test_flipped_bit_is_found_by_the_check_sums(tmp_path):
     content[len(content) // 2] ^= 1
     (tmp_path / "a.pth").write_bytes(content)
     read_pth(tmp_path / "a.pth")  # torch alone does not notice
-    with pytest.raises(DamagedFile, match="check sum"):
+    with pytest.raises(DamagedFile, match="checksum"):
         read_pth(tmp_path / "a.pth", check_sums=True)
 
 

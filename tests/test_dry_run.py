@@ -87,15 +87,16 @@ def test_synthetic_captions_are_as_long_as_cocos():
 
 def test_kept_graphs_follow_the_memory(monkeypatch):
     model = tiny_model()
-    assert auto_keep_graphs(model, 32, 4, 12) == 12
+    optimizer = torch.optim.AdamW(model.parameters())
+    assert auto_keep_graphs(model, 32, 4, 12, optimizer) == 12
     monkeypatch.setattr("training.memory._host_memory", lambda: 0)
-    assert auto_keep_graphs(model, 32, 4, 12) == 4  # one micro-batch always
+    assert auto_keep_graphs(model, 32, 4, 12, optimizer) == 4  # one micro-batch always
     from training.memory import _saved_bytes
 
     graph = _saved_bytes(model.train(), torch.randn(1, 3, 32, 32))
     monkeypatch.setattr("training.memory._host_memory", lambda: 2 * 7.5 * graph)
     state = torch.get_rng_state()
-    assert auto_keep_graphs(model.eval(), 32, 4, 12) == 7
+    assert auto_keep_graphs(model.eval(), 32, 4, 12, optimizer) == 7
     assert torch.equal(torch.get_rng_state(), state) and not model.training  # measuring leaves no trace
     assert _saved_bytes(model.train(), torch.randn(2, 3, 32, 32)) == pytest.approx(2 * graph, rel=0.05)
     checkpointed = tiny_model(vit_grad_ckpt=True, vit_ckpt_layer=6).train()

@@ -162,7 +162,7 @@ def test_heads_that_the_folder_names_are_compared(foreign):
 
 
 @pytest.mark.parametrize(("edit", "words"), [
-    (lambda folder: (folder / "config.json").unlink(), "no Hugging Face folder"),
+    (lambda folder: (folder / "config.json").unlink(), "neither a Hugging Face folder"),
     (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
     (lambda folder: (folder / "config.json").write_text("[]"), "describes no BLIP model"),
     (lambda folder: change(folder, lambda c: c.update(architectures=["BlipForConditionalGeneration"])),
@@ -184,7 +184,7 @@ def test_folders_that_do_not_fit_are_explained(foreign, edit, words):
 def test_cut_tensors_are_damaged(foreign):
     content = (foreign / "model.safetensors").read_bytes()
     (foreign / "model.safetensors").write_bytes(content[:-100])
-    with pytest.raises(DamagedFile, match="model.safetensors: no safetensors file, or cut short"):
+    with pytest.raises(DamagedFile, match="model.safetensors: not a safetensors file, or cut short"):
         load_pretrained(tiny_model(med_config=tiny_med(**SMALL)), str(foreign))
 
 

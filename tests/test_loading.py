@@ -213,7 +213,7 @@ def test_run_folder(tmp_path):
     assert_equal_models(load(tmp_path), best)
     assert_equal_models(load(str(tmp_path / "checkpoint_best.pth")), best)
     (tmp_path / "none").mkdir()
-    with pytest.raises(ValueError, match="no run folder: it has no checkpoint_best.pth"):
+    with pytest.raises(ValueError, match="nor a run folder .it has neither checkpoint_best.pth"):
         load(tmp_path / "none")
 
 

@@ -200,7 +200,7 @@ def test_another_number_of_processes_is_logged(tmp_path, caplog, monkeypatch):
     monkeypatch.undo()
     with caplog.at_level(logging.INFO):
         assert resume("auto", tmp_path, *small(), CONFIG)
-    assert "resuming on 1 processes what 2 have saved" in caplog.text
+    assert "2 processes have saved this run, 1 resume it" in caplog.text
 
 
 def test_optimizer_of_other_groups_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """The start of the program: what takes seconds to import waits until the command line and the YAML are right."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,8 +35,9 @@ CASES = {
 }
 
 
-def started(*argv: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", CODE, *argv], cwd=ROOT, capture_output=True, text=True, timeout=60)
+def started(*argv: str, **environment: str) -> subprocess.CompletedProcess:
+    command, environment = [sys.executable, "-c", CODE, *argv], {**os.environ, **environment}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
 
 
 def test_importing_the_program_imports_nothing_slow():
@@ -50,6 +52,23 @@ def test_help_and_mistakes_in_the_config_do_not_wait_for_torch(tmp_path, name):
     done = started("--config", str(tmp_path / "config.yaml"), *args)
     assert done.stdout.endswith(f"status {status}\nimported []\n"), done.stdout + done.stderr
     assert all(word in done.stdout + done.stderr for word in words), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_several_processes_rank_0_says_what_is_wrong_with_the_config(tmp_path, rank):
+    (tmp_path / "config.yaml").write_text(CONFIG + "qeue_size: 24\n")
+    done = started("--config", str(tmp_path / "config.yaml"), RANK=str(rank), WORLD_SIZE="2")
+    assert done.stdout == "status 2\nimported []\n"
+    assert done.stderr.count("error: ") == (1 if rank == 0 else 0) and ("queue_size" in done.stderr) == (rank == 0)
+
+
+@pytest.mark.slow
+def test_the_launcher_lets_rank_0_speak(tmp_path):
+    (tmp_path / "config.yaml").write_text(CONFIG + "qeue_size: 24\n")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"]
+    command = [*launcher, "train_retrieval.py", "--config", str(tmp_path / "config.yaml")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode and done.stderr.count("did you mean 'queue_size'") == 1, done.stderr
 
 
 def test_the_names_are_those_that_a_run_imports():

@@ -285,7 +285,7 @@ def test_a_new_term_is_logged_and_printed_by_itself(tiny_run, monkeypatch, capsy
 def test_a_stage_cannot_be_called_before_what_it_needs():
     image, text, idx = inputs()
     step = RetrievalStep(half_filled(tiny_model(F64)), image, text, idx, 0.3, RANKS)
-    samples = slice(0, BATCH)
+    samples = step.pools()[0]
     image_tokens, image_feat = step.encode_image(samples)
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'negatives'"):
         step.image_terms(samples, image_tokens, image_feat)
@@ -295,3 +295,7 @@ def test_a_stage_cannot_be_called_before_what_it_needs():
         step.draw_negatives(step.pools()[0])
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'text_feat'"):
         step.text_terms(samples)
+    first, second = step.pools()[:2]
+    drawn = step.draw_negatives(first, image_feat, step.encode_text(first))
+    with pytest.raises(AssertionError, match="have not drawn their negatives"):  # another pool's
+        step.image_terms(second, *step.encode_image(second), drawn)

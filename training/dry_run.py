@@ -122,7 +122,7 @@ class Trial(NamedTuple):
     device: torch.device
 
     def gradients(self, samples: int, ranks: int, micro_batch: int, keep_graphs: int) -> None:
-        """The gradients of the first `samples`."""
+        """The gradients of a step on the batch's first `samples`."""
         text = TokenizedText(*(x[:samples] for x in self.batch.text))
         image, idx = (x[:samples].to(self.device, non_blocking=True) for x in (self.batch.image, self.batch.idx))
         self.model.zero_grad()
@@ -227,13 +227,13 @@ class Rates(NamedTuple):
 def evaluation_rates(model: BLIP_Retrieval, cfg: RetrievalConfig, sizes: DrySizes) -> Rates:
     """Encode and score a small random gallery, with up to as many pairs per image as the real one."""
     device, cuda = model.temp.device, model.temp.device.type == "cuda"
-    own, num_texts = (min(16, cfg.batch_size_test), 2048) if cuda else (1, 32)
-    num_images = own * get_world_size()  # one block for each process
-    pixels = torch.randn(own, 3, cfg.image_size, cfg.image_size)
+    block, num_texts = (min(16, cfg.batch_size_test), 2048) if cuda else (1, 32)
+    num_images = block * get_world_size()  # one block for each process
+    pixels = torch.randn(block, 3, cfg.image_size, cfg.image_size)
     captions = synthetic_captions(num_texts, model.text_encoder.config.vocab_size)
     with precision(model, "tf32" if cfg.eval_precision == "tf32" else "fp32"):  # the encoders', as in `rerank`
         for _ in range(2):  # the first warms up
-            image_seconds, images = _seconds(device, lambda: encode_images(model, [pixels], num_images, own))
+            image_seconds, images = _seconds(device, lambda: encode_images(model, [pixels], num_images, block))
             text_seconds, texts = _seconds(device, lambda: encode_texts(model, captions, cfg.rerank_tokens))
     real = -(-max_pairs(cfg, sizes) // sizes.val_images)  # pairs per image of the real gallery, rounded up
     with precision(model, cfg.eval_precision):

@@ -1,7 +1,7 @@
 """A training run: epochs of steps, validation after each, saves, and the test split with the best weights.
 
 Where a run can be left and taken up again: before and within any step, before and within any evaluation. An epoch is
-saved as trained before it is validated; a resumed run goes on with the evaluation that is owed.
+saved as trained before it is validated; a resumed run goes on with the evaluation that is still to be done.
 """
 
 import logging
@@ -175,7 +175,7 @@ class TrainingRun:
     # ---- evaluation -----------------------------------------------------------------------------------------------
 
     def validate_start(self) -> None:
-        """Validation before the first step (row -1 of the log): where training starts from."""
+        """Validation before the first step (epoch -1 in the log): where training starts from."""
         done = from_main(["yes"] if read_log(self.folder / LOG) else [])  # rank 0 keeps the log
         if not self.cfg.eval_before or self.state.epoch or self.state.step or done:
             return
@@ -186,7 +186,7 @@ class TrainingRun:
             raise
 
     def validate(self) -> None:
-        """Validate the trained epoch, keep the best weights, write the epoch's row, and go to the next epoch."""
+        """Validate the trained epoch, keep the best weights, log the epoch's line, and go to the next epoch."""
         state, epoch = self.state, self.state.epoch
         stats = self.train_stats | self.evaluate("val")
         if warning := chance_warning(self.job.splits["val"], "val", stats):
@@ -212,7 +212,7 @@ class TrainingRun:
 
 
 def start_run(model: BLIP_Retrieval, optimizer: torch.optim.Optimizer, job: Job) -> RunState:
-    """The state to go on from: a run's own (`--resume`), or the beginning, from `pretrained` or random weights."""
+    """The state to start from: that of a save (`--resume`), or step 0 with weights of `pretrained` or random ones."""
     cfg, folder, source = job.cfg, job.folder, job.args.resume
     state = resume(source, folder, model, optimizer, job.config) if source else None
     if source and state is None and is_main():

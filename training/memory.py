@@ -23,7 +23,7 @@ def auto_keep_graphs(
     image_size: int,
     micro_batch: int,
     samples: int,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer,
 ) -> int:
     """How many of the `samples` image graphs of a step fit into free memory: `keep_graphs: auto`.
 
@@ -47,7 +47,7 @@ def auto_keep_graphs(
 
 
 def _measure_gpu(
-    model: BLIP_Retrieval, image_size: int, micro_batch: int, samples: int, optimizer: torch.optim.Optimizer | None
+    model: BLIP_Retrieval, image_size: int, micro_batch: int, samples: int, optimizer: torch.optim.Optimizer
 ) -> tuple[float, float]:
     """Bytes of an image's graph, and bytes that graphs may take."""
     device = model.temp.device
@@ -92,10 +92,8 @@ def _run_micro_batch(model: BLIP_Retrieval, image_size: int, size: int, before: 
         model.zero_grad()
 
 
-def _missing_state(optimizer: torch.optim.Optimizer | None) -> int:
+def _missing_state(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the two moments that AdamW will allocate in its first step."""
-    if optimizer is None:
-        return 0
     return sum(2 * p.nbytes for group in optimizer.param_groups for p in group["params"] if p not in optimizer.state)
 
 

@@ -1,4 +1,4 @@
-"""The numbers of training: losses of an epoch, warnings about what they hide, a stop where one is not finite."""
+"""The numbers of training: mean losses of an epoch, warnings about what they hide, an error if one is not finite."""
 
 import logging
 import math
@@ -20,12 +20,12 @@ log = logging.getLogger("blip")
 
 
 class TrainingWarnings:
-    """Warns, once each, of what the curve of a loss does not show, over all epochs of a run."""
+    """Warns, once in a run and topic, of what the curve of a loss does not show."""
 
     ITM_PRIOR = math.log(3) - 2 / 3 * math.log(2)  # 0.6365: loss_itm of always answering "one pair in three matches"
     WINDOW, AT_LEAST, EARLY = 200, 50, 500  # steps
 
-    def __init__(self, steps_per_epoch: int = 0):
+    def __init__(self, steps_per_epoch: int):
         self.first_epoch = min(steps_per_epoch, self.EARLY)
         self.losses: deque[float] = deque(maxlen=self.WINDOW)
         self.steps = 0
@@ -39,10 +39,10 @@ class TrainingWarnings:
         if self.steps >= max(self.first_epoch, self.AT_LEAST) and abs(mean - self.ITM_PRIOR) < 0.01:
             self.warn(
                 "itm",
-                f"{where}: loss_itm was {mean:.4f} over the last {len(self.losses)} steps, that of guessing "
-                f"({self.ITM_PRIOR:.4f}): matching has learnt nothing yet. Start from a checkpoint (pretrained) whose "
-                "text encoder has trained cross-attention; from random weights train longer, with warmup_steps and a "
-                "higher init_lr",
+                f"{where}: loss_itm was {mean:.4f} over the last {len(self.losses)} steps, which is what guessing "
+                f"gives ({self.ITM_PRIOR:.4f}): matching has learnt nothing yet. Start from a checkpoint (pretrained) "
+                "whose text encoder has trained cross-attention; from random weights train longer, with warmup_steps "
+                "and a higher init_lr",
             )
         low, high = TEMP_RANGE
         if not low * 1.0001 < temp < high * 0.9999:  # float32
@@ -60,7 +60,7 @@ class TrainingWarnings:
 
 
 class EpochMonitor:
-    """Losses of an epoch: running means, a line every few seconds, and a stop where a number is not finite.
+    """Losses of an epoch: running means, a line every PRINT_SECONDS, and an error if a number is not finite.
 
     The numbers of a step stay on the device; they are read one step later, when they have long arrived, so that the
     GPU never waits. `state.meters` carries the means over an interruption.
@@ -103,7 +103,7 @@ class EpochMonitor:
             self.flush()
 
     def flush(self) -> None:
-        """Judge the last step and, when it is time, print it."""
+        """Check the numbers of the last step and, when it is time, print them."""
         if self._pending is None:
             return
         step, lr, names, terms, values, arrived = self._pending
