@@ -76,6 +76,11 @@ class Loader(DataLoader):
             raise ValueError(paragraph)
 
 
+def worker_died(error: Exception) -> bool:
+    """Whether this is what a DataLoader raises, at any moment, when a worker has ended."""
+    return isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
+
+
 def _start_worker(_: int) -> None:
     """One thread for each worker: several workers with a pool each slow one another down.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from checkpoints.load import load_pretrained
 from configs.schema import RetrievalConfig
 from data.annotations import Annotations
-from data.loaders import eval_image_loader
+from data.loaders import eval_image_loader, worker_died
 from models.blip_retrieval import BLIP_Retrieval
 from retrieval.metrics import chance_metrics, recall_table, retrieval_metrics, within_noise
 from retrieval.rerank import own_blocks, rerank
@@ -16,10 +16,10 @@ from utils import NotFinite, Stopped, StopSignal, never_stop, precision, record
 log = logging.getLogger("blip")
 
 
-def evaluate_only(model: BLIP_Retrieval, cfg: RetrievalConfig, splits: dict[str, Annotations], folder: Path) -> int:
+def evaluate_only(model: BLIP_Retrieval, cfg: RetrievalConfig, splits: dict[str, Annotations], folder: Path) -> None:
     """Load the weights, evaluate the splits, and append one JSON line to `evaluate.txt` in `folder`.
 
-    Returns the exit status; a stop signal leaves the file as it was.
+    Stopped with the words for the user when a stop signal came; the file is then as it was.
     """
     source = cfg.finetuned or cfg.pretrained
     if source:
@@ -33,11 +33,12 @@ def evaluate_only(model: BLIP_Retrieval, cfg: RetrievalConfig, splits: dict[str,
                 stats |= evaluate(model, cfg, annotations, split, stop.poll)
                 if warning := chance_warning(annotations, split, stats):
                     log.warning("warning: %s", warning)
-        except Stopped:
-            log.info("stopped by %s: nothing was written; give the same command again", stop.received)
-            return StopSignal.EXIT_STOPPED
+        except (Stopped, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not (stop.received and worker_died(error)):
+                raise
+            words = f"stopped by {stop.received}: nothing was written; give the same command again"
+            raise Stopped(words) from None
     record(folder / "evaluate.txt", stats)
-    return 0
 
 
 def evaluate(
