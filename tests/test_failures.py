@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import utils
 from checkpoints import runs
 from configs.schema import load_config
 from data.images import ImageStore
-from data.loaders import Loader
+from data.loaders import Loader, death_of, worker_died
 from tests.test_resume import assert_equal_outcomes, outcome
 from tests.test_train import LAUNCHER, ROOT, lines, run
 from training import failures, loop
@@ -215,6 +216,14 @@ def test_a_worker_that_dies(tiny_run, monkeypatch, capfd, name):
     nothing_half_written(tiny_run / "out")
     if name == "killed":
         assert run(tiny_run, *SHORT, "--resume", "auto") == 0
+
+
+def test_a_lost_connection_to_a_worker_is_its_death():
+    """Where the pipe breaks before torch has noticed that the process is gone."""
+    said = death_of([SimpleNamespace(exitcode=None), SimpleNamespace(exitcode=-signal.SIGBUS, pid=7)])
+    assert worker_died(RuntimeError(said)) and "--shm-size" in failures.explain(RuntimeError(said), None)
+    assert "has died" in failures.explain(RuntimeError(death_of([SimpleNamespace(exitcode=1, pid=7)])), None)
+    assert death_of([SimpleNamespace(exitcode=None)], patience=0.1) == "" == death_of([])
 
 
 def test_a_worker_that_a_stop_signal_ends_is_a_stop(tiny_run, monkeypatch, capfd):
