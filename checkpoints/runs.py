@@ -71,7 +71,7 @@ def write_atomically(data: dict[str, Any], path: Path) -> None:
     part = path.with_name(path.name + PART)
     try:
         torch.save(data, part)
-        _sync(part, os.O_RDWR)  # Windows syncs no file that is open for reading only
+        _sync(part)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch's file writer
         raise OSError(f"{path} could not be saved ({error}); the files saved before it are untouched.") from error
@@ -81,7 +81,7 @@ def write_atomically(data: dict[str, Any], path: Path) -> None:
         _sync(path.parent, os.O_RDONLY)  # the new name too survives a power cut
 
 
-def _sync(path: Path, flags: int) -> None:
+def _sync(path: Path, flags: int = os.O_RDWR) -> None:  # Windows syncs no file open for reading only
     handle = os.open(path, flags)
     try:
         os.fsync(handle)
