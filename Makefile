@@ -2,7 +2,7 @@
 # test suite. Each sets up .venv by itself.
 
 PYTHON ?= python3
-# torch.distributed.run gives each process one thread unless this is set; one process may use every core.
+# One process may use every core; torch by itself may take fewer.
 ifndef OMP_NUM_THREADS
 export OMP_NUM_THREADS := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 endif
@@ -13,7 +13,7 @@ DEMO := output/retrieval_scenes
 .PHONY: demo pictures test test-slow lint
 
 demo: $(INSTALLED)
-	.venv/bin/python -m torch.distributed.run --nproc_per_node=1 train_retrieval.py --config configs/retrieval_scenes.yaml --output_dir $(DEMO) --resume auto
+	.venv/bin/python train_retrieval.py --config configs/retrieval_scenes.yaml --output_dir $(DEMO) --resume auto
 
 pictures: $(INSTALLED) $(DEMO)/checkpoint_best.pth
 	.venv/bin/python -m reports.pictures $(DEMO) docs/pictures

@@ -1,24 +1,23 @@
 """Fine-tune and evaluate BLIP for image-text retrieval.
 
-    python -m torch.distributed.run --nproc_per_node=1 train_retrieval.py \\
-        --config configs/retrieval_flickr.yaml --output_dir output/retrieval_flickr [--evaluate]
+    python train_retrieval.py --config configs/retrieval_flickr.yaml --output_dir output/retrieval_flickr [--evaluate]
 
-It also runs without the launcher, as one process. `--check` looks at everything that could go wrong later and writes
-nothing. A run folder gets `config.yaml`, `log.txt` (one JSON line an epoch), perhaps `nonfinite_batch.txt`,
-`checkpoint_best.pth` (best validation r_mean, the published layout) and the last states for `--resume`;
-`--evaluate` writes `evaluate.txt` only.
+With two or more GPUs, write `python -m torch.distributed.run --nproc_per_node=2` for `python`.
+
+`--check` looks at everything that could go wrong later and writes nothing. A run folder gets `config.yaml`, `log.txt`
+(one JSON line an epoch), perhaps `nonfinite_batch.txt`, `checkpoint_best.pth` (best validation r_mean, the published
+layout) and the last states for `--resume`; `--evaluate` writes `evaluate.txt` only.
 """
 
 import argparse
+import logging
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from configs.schema import RetrievalConfig, load_config
-
-SILENT_SECONDS = 1.0  # the launcher ends all processes as soon as one has ended: rank 0 should have spoken by then
+from training.failures import CONSEQUENCE, explain, let_another_speak, tell_launcher
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -45,7 +44,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override config keys"
     )
+    # torch.distributed.launch names the GPU so; torch.distributed.run in LOCAL_RANK.
+    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     if (args.checkpoint or args.random_weights) and not args.evaluate:
         parser.error("--checkpoint and --random_weights go with --evaluate; training starts from the key `pretrained`")
     if args.checkpoint and args.random_weights:
@@ -65,27 +68,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     130: aborted by Ctrl-C, before there was anything to save or for the second time.
     """
-    args = parse_args(argv)
+    args, cfg = parse_args(argv), None
     try:
         cfg = load_config(args.config, args.set, int(os.environ.get("WORLD_SIZE", 1)))
-    except (ValueError, OSError) as error:
-        return refuse(error)
-    try:
         return run(cfg, args)
-    except (ValueError, OSError) as error:  # OSError: a disk that fills up, for instance
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("aborted: nothing more was saved", file=sys.stderr)
         return 130
-
-
-def refuse(error: Exception) -> int:
-    """Exit status of a config that cannot work. All processes have read the same one: rank 0 says what is wrong."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        paragraph = explain(error, cfg)
+        if not paragraph:
+            raise
+    if cfg is None and os.environ.get("RANK", "0") != "0":
+        let_another_speak()  # rank 0 has read the same file
+        return 2
+    print(f"error: {paragraph}", file=sys.stderr, flush=True)
+    if paragraph.startswith(CONSEQUENCE):
+        let_another_speak()
     else:
-        time.sleep(SILENT_SECONDS)
+        tell_launcher(paragraph)
     return 2
 
 
@@ -99,27 +100,39 @@ def run(cfg: RetrievalConfig, args: argparse.Namespace) -> int:
     from training.dry_run import print_dry_run
     from training.loop import train
     from training.preflight import preflight, weights_to_evaluate
-    from utils import from_main, init_distributed, is_main, setup_logging
+    from utils import Stopped, StopSignal, from_main, init_distributed, is_main, leave_distributed, setup_logging
 
     device = init_distributed(args.device)
     setup_logging()
     job, found = preflight(cfg, args)
     found.errors = from_main(found.errors)
-    if args.check:
-        if is_main():
-            found.print()
-        return 2 if found.errors else 0
+    if args.check and is_main():
+        found.print()
     if found.errors and not is_main():
-        return 2  # rank 0 says why
+        let_another_speak()  # rank 0
+        return 2
+    if args.check:
+        if found.errors:
+            tell_launcher("\n".join(found.errors))
+        leave_distributed()
+        return 2 if found.errors else 0
     found.raise_or_log()
     torch.manual_seed(args.seed)  # the same random weights on every process
     model = build_model(cfg).to(device)
-    if args.dry_run:
-        print_dry_run(model, job)
-        return 0
-    if args.evaluate:
-        return evaluate_only(model, cfg, job.splits, job.folder, weights_to_evaluate(cfg, args))
-    return train(model, job)
+    try:
+        if args.dry_run:
+            print_dry_run(model, job)
+        elif args.evaluate:
+            evaluate_only(model, cfg, job.splits, job.folder, weights_to_evaluate(cfg, args))
+        else:
+            train(model, job)
+    except Stopped as stopped:
+        logging.getLogger("blip").info("%s", stopped)
+        if is_main():
+            tell_launcher(str(stopped))
+        return StopSignal.EXIT_STOPPED
+    leave_distributed()
+    return 0
 
 
 if __name__ == "__main__":

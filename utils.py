@@ -4,8 +4,9 @@ import json
 import logging
 import os
 import re
-import resource
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,8 @@ def init_distributed(device: str = "auto") -> torch.device:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("mps"):
+        raise ValueError(f"--device {device}: Apple's GPUs are not supported. Use --device cpu.")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
             f"--device {device}: this PyTorch sees no CUDA device. Use --device cpu or install a CUDA build."
@@ -43,7 +46,13 @@ def init_distributed(device: str = "auto") -> torch.device:
     if not 0 <= number < max(1, torch.cuda.device_count()):
         raise ValueError(f"--device {device}: there is no such device. Use cpu, cuda, or cuda:N of a GPU that exists.")
     if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        local, present = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= present:
+            raise ValueError(
+                f"LOCAL_RANK is {local}, which needs {local + 1} GPUs, but this process sees {present}: start with "
+                f"--nproc_per_node={present}, or let CUDA_VISIBLE_DEVICES name {local + 1} GPUs."
+            )
+        device = f"cuda:{local}"
     if device.startswith("cuda"):
         torch.cuda.set_device(device)  # fairscale saves the random state of the current device
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
@@ -58,6 +67,14 @@ def _join(backend: str) -> None:
         # each other at the addresses of dead ones, and wait. (Several machines do not share one count.)
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(hours=2))
+
+
+def leave_distributed(patience: float = 10.0) -> None:
+    """Take leave of the other processes; where one is no longer there to answer, after `patience` seconds."""
+    if dist.is_available() and dist.is_initialized():
+        thread = threading.Thread(target=dist.destroy_process_group, daemon=True)
+        thread.start()
+        thread.join(patience)
 
 
 def get_world_size() -> int:
@@ -180,10 +197,14 @@ class Progress:
 
 
 def memory_mb(device: torch.device) -> float:
-    """Peak memory of this process so far, on the GPU or else on the host."""
+    """Peak memory of this process so far, on the GPU or else on the host (0 where it is not known)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
 # ---- files -------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ needs no state of random generators: training derives every draw from (seed, ste
 import logging
 import os
 import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,11 +78,12 @@ def write_atomically(data: dict[str, Any], path: Path) -> None:
         raise OSError(f"{path} could not be saved ({error}); the files saved before it are untouched.") from error
     finally:
         part.unlink(missing_ok=True)
-    _sync(path.parent)  # the new name too survives a power cut
+    with suppress(PermissionError):  # Windows opens no folders
+        _sync(path.parent, os.O_RDONLY)  # the new name too survives a power cut
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def _sync(path: Path, flags: int = os.O_RDWR) -> None:  # Windows syncs no file open for reading only
+    handle = os.open(path, flags)
     try:
         os.fsync(handle)
     finally:

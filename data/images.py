@@ -3,6 +3,7 @@
 Where that line crashes or gives nonsense (16-bit greyscale, bombs, truncated files): `to_rgb` and `ImageStore.load`.
 """
 
+import errno
 import hashlib
 import io
 import os
@@ -22,6 +23,7 @@ from transform.image import to_rgb
 from utils import find_path
 
 MAX_BYTES = 1 << 30  # of one image file: a member of a small .zip can unpack to more than the memory
+NOT_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # what says nothing about the file that was to be opened
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # ImageStore.load refuses such pictures
 
 
@@ -74,7 +76,11 @@ class ImageStore:
             raise ValueError(
                 f"image {name} in {self.root} is too large to be decoded safely ({error}): scale it down"
             ) from None
+        except MemoryError:
+            raise
         except Exception as error:  # a broken file can raise nearly anything in Pillow's decoders
+            if isinstance(error, OSError) and error.errno in NOT_THE_FILE:
+                raise
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(
                 f"image {name} in {self.root} cannot be read ({reason}): "

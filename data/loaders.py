@@ -7,6 +7,7 @@ b samples of a rank in a step, S image side.
 import logging
 import os
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -62,18 +63,43 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
 
 
 class Loader(DataLoader):
-    """A DataLoader whose workers' ValueErrors arrive as the one paragraph they are, without the worker's traceback."""
+    """A DataLoader whose workers' ValueErrors arrive as the one paragraph they are, without the worker's traceback.
+
+    A worker's death is always a RuntimeError of torch's words.
+    """
 
     def __iter__(self) -> Iterator:  # type: ignore[override]  # a generator around torch's own iterator
+        batches: Any = super().__iter__()
         paragraph = None
         try:
-            yield from super().__iter__()
+            yield from batches
         except ValueError as error:
             logger.debug("while loading: %s", error)
             paragraph = str(error).rpartition("\nValueError: ")[2].strip()
-            error.__traceback__ = self._iterator = None  # both hold on to the workers, which end without them
+            # All three hold on to the workers, which end without them.
+            error.__traceback__ = self._iterator = batches = None
+        except (ConnectionError, EOFError) as error:  # of a worker that is gone before torch has noticed
+            raise RuntimeError(death_of(getattr(batches, "_workers", ())) or str(error)) from error
         if paragraph is not None:
             raise ValueError(paragraph)
+
+
+def death_of(workers: Sequence[Any], patience: float = 5.0) -> str:
+    """What torch says when one of these processes has ended; '' if none does within `patience` seconds."""
+    deadline = time.monotonic() + patience * bool(workers)
+    while time.monotonic() < deadline:
+        for worker in workers:
+            if worker.exitcode is not None:
+                code = worker.exitcode
+                how = f"is killed by signal: {signal.strsignal(-code)}" if code < 0 else f"exited with code {code}"
+                return f"DataLoader worker (pid {worker.pid}) {how}"
+        time.sleep(0.02)
+    return ""
+
+
+def worker_died(error: Exception) -> bool:
+    """Whether this is what a DataLoader raises, at any moment, when a worker has ended."""
+    return isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
 
 
 def _start_worker(_: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from checkpoints.load import load_pretrained
 from configs.schema import RetrievalConfig
 from data.annotations import Annotations
-from data.loaders import eval_image_loader
+from data.loaders import eval_image_loader, worker_died
 from models.blip_retrieval import BLIP_Retrieval
 from retrieval.metrics import chance_metrics, recall_table, retrieval_metrics, within_noise
 from retrieval.rerank import own_blocks, rerank
@@ -22,11 +22,11 @@ def evaluate_only(
     splits: dict[str, Annotations],
     folder: Path,
     weights: tuple[str, str],
-) -> int:
+) -> None:
     """Load the weights, evaluate the splits, and append one JSON line to `evaluate.txt` in `folder`.
 
-    `weights`: the checkpoint ('' = random weights) and why it is this one. Returns the exit status; a stop signal
-    leaves the file as it was.
+    `weights`: the checkpoint ('' = random weights) and why it is this one. Stopped with the words for the user when a
+    stop signal came; the file is then as it was.
     """
     source, why = weights
     log.info("weights: %s (%s)", source or "random", why)
@@ -39,12 +39,13 @@ def evaluate_only(
                 stats |= evaluate(model, cfg, annotations, split, stop.poll)
                 if warning := chance_warning(annotations, split, stats):
                     log.warning("warning: %s", warning)
-        except Stopped:
-            log.info("stopped by %s: nothing was written; give the same command again", stop.received)
-            return StopSignal.EXIT_STOPPED
+        except (Stopped, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not (stop.received and worker_died(error)):
+                raise
+            words = f"stopped by {stop.received}: nothing was written; give the same command again"
+            raise Stopped(words) from None
     log.info("these numbers are of %s (%s)", source or "random weights", why)
     record(folder / "evaluate.txt", stats)
-    return 0
 
 
 def evaluate(

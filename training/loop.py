@@ -5,14 +5,14 @@ saved as trained before it is validated; a resumed run goes on with the evaluati
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
 from checkpoints.load import load_pretrained
 from checkpoints.runs import BEST, RunState, find_runs, resume, save_checkpoint, save_run
 from configs.schema import RetrievalConfig, save_config
-from data.loaders import recipe_sampler, train_loader
+from data.loaders import recipe_sampler, train_loader, worker_died
 from data.retrieval import TrainBatch
 from models.blip_retrieval import BLIP_Retrieval
 from retrieval.evaluate import chance_warning, evaluate
@@ -46,8 +46,8 @@ from utils import (
 log = logging.getLogger("blip")
 
 
-def train(model: BLIP_Retrieval, job: Job) -> int:
-    """Train, validate and test, or stop at a signal. Returns the exit status."""
+def train(model: BLIP_Retrieval, job: Job) -> None:
+    """Train, validate and test; Stopped with the words for the user when a stop signal came."""
     with StopSignal() as stop:
         run = TrainingRun(model, job, stop)
         try:
@@ -57,13 +57,18 @@ def train(model: BLIP_Retrieval, job: Job) -> int:
                 run.validate()
             run.test()
         except Stopped:
-            log.info("%s; go on with the same command and --resume auto", run.where_it_stands())
-            return StopSignal.EXIT_STOPPED
+            raise Stopped(f"{run.where_it_stands()}; go on with the same command and --resume auto") from None
         except NotFinite as error:
             images, saves = name_images(error.names, job.folder / "nonfinite_batch.txt"), find_runs(job.folder)
             last = saves[0] if saves else "the start of the run"
             raise ValueError(f"{error}{images} The last good state is {last}.") from None
-    return 0
+        except RuntimeError as error:
+            if not (stop.received and worker_died(error)):
+                raise
+            raise Stopped(
+                f"stopped by {stop.received}, which also ended a loader's worker in the middle of the work: go on from "
+                "the last save with the same command and --resume auto"
+            ) from None
 
 
 class TrainingRun:
@@ -113,7 +118,7 @@ class TrainingRun:
         cfg, state = self.cfg, self.state
         self.sampler.set_epoch(state.epoch, state.step)
         self.model.train()
-        for step, batch in enumerate(self.loader, state.step):
+        for step, batch in enumerate(self.batches(monitor), state.step):
             lr = set_lr(self.optimizer, cfg, state.epoch, state.epoch * self.steps + step)
             self.optimizer.zero_grad()
             try:
@@ -137,6 +142,17 @@ class TrainingRun:
                 self.save()
                 raise Stopped
         return lr
+
+    def batches(self, monitor: EpochMonitor) -> Iterator[TrainBatch]:
+        """What the loader gives; a stop signal that ended its workers ends the run like any other."""
+        try:
+            yield from self.loader
+        except RuntimeError as error:
+            if not (self.stop.received and worker_died(error)):
+                raise
+            monitor.save(self.state)  # the loader is asked between steps
+            self.save()
+            raise Stopped from None
 
     def check_stop(self) -> None:
         """Leave now if asked to; several processes agree between steps instead, when they exchange losses."""

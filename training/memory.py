@@ -116,8 +116,9 @@ def _host_memory() -> int:
     """Available bytes: of the machine, or less where a container's limit is lower."""
     lines = _read("/proc/meminfo").splitlines()
     available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-    if not available:  # not Linux
-        available = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2]
+    if not available:  # not Linux; on Windows it is not known, and only one micro-batch is kept
+        known = hasattr(os, "sysconf")
+        available = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if known else 0]
     limit, used = _read("/sys/fs/cgroup/memory.max").strip(), _read("/sys/fs/cgroup/memory.current").strip()
     if limit.isdecimal() and used.isdecimal():
         available.append(max(0, int(limit) - int(used)))
