@@ -1,15 +1,19 @@
 """Processes, logging, files, seeds and precision. Every helper is the identity for one process."""
 
+import importlib.metadata
 import json
 import logging
 import os
 import re
 import resource
 import signal
+import subprocess
 import time
+import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +197,36 @@ def find_path(path: str | os.PathLike) -> Path:
     here = Path(path).expanduser()
     there = REPOSITORY / here  # an absolute path stays what it is
     return there if there.exists() and not here.exists() else here
+
+
+@cache
+def code_version() -> str:
+    """Which code runs: "0.9.0 (3f2a1bc901)" with the commit, "..., modified)" if files differ, "0.9.0" without git."""
+    version = _version(REPOSITORY)
+    try:
+        top, commit = _git("rev-parse", "--show-toplevel", "--short=10", "HEAD").splitlines()
+        if Path(top).resolve() != REPOSITORY:  # somebody else's checkout, which this one lies in
+            return version
+        modified = _git("status", "--porcelain", "--untracked-files=no").strip()
+    except (OSError, ValueError, subprocess.SubprocessError):  # no git, no checkout, no commit, no answer
+        return version
+    return f"{version} ({commit}{', modified' if modified else ''})"
+
+
+def _version(folder: Path) -> str:
+    try:
+        return str(tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"])
+    except (OSError, ValueError, LookupError, TypeError):
+        pass
+    try:
+        return importlib.metadata.version("blip-retrieval")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _git(*args: str) -> str:
+    command = ["git", "-C", str(REPOSITORY), *args]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
 
 
 # ---- stop signals -------------------------------------------------------------------------------------------------

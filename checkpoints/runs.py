@@ -1,8 +1,8 @@
 """Saves of a training run: one atomic file each, and exact continuation.
 
-A save holds the official layout (`model`, `optimizer`, `config`, `epoch`) and `text_config`, `run`, `world_size`. It
-needs no state of random generators: training derives every draw from (seed, step, rank), and the sampler's place is
-`run.step`. What a crash can cost: the steps since the last save. A file gets its name when it is whole and on disk.
+A save holds the official layout (`model`, `optimizer`, `config`, `epoch`) and `text_config`, `run`, `world_size`, and
+`code`, the version that wrote it. It needs no state of random generators: training derives every draw from (seed, step,
+rank), and the sampler's place is `run.step`. What a crash can cost: the steps since the last save. A file gets its name when it is whole and on disk.
 """
 
 import logging
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from checkpoints.weights import DamagedFile, few, read_pth
-from utils import get_world_size, is_main
+from utils import code_version, get_world_size, is_main
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,8 @@ def save_checkpoint(
 
     OSError when the disk is full or fails: a former file of that name is still there then.
     """
-    plain = {"config": config, "epoch": epoch, "text_config": asdict(model.text_encoder.config), **extra}
+    text_config, code = asdict(model.text_encoder.config), code_version()
+    plain = {"config": config, "epoch": epoch, "text_config": text_config, "code": code, **extra}
     _require_plain(plain)
     if is_main():
         path = Path(path)
