@@ -30,7 +30,7 @@ test-slow: $(INSTALLED)
 lint: $(INSTALLED)
 	.venv/bin/ruff check .
 
-$(INSTALLED): requirements.txt
+$(INSTALLED): requirements.txt requirements-tensorboard.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --requirement requirements.txt
+	.venv/bin/python -m pip install -r requirements.txt -r requirements-tensorboard.txt
 	touch $@

@@ -4,9 +4,9 @@
         --config configs/retrieval_flickr.yaml --output_dir output/retrieval_flickr [--evaluate]
 
 It also runs without the launcher, as one process. `--check` looks at everything that could go wrong later and writes
-nothing. A run folder gets `config.yaml`, `log.txt` (one JSON line an epoch), perhaps `nonfinite_batch.txt`,
-`checkpoint_best.pth` (best validation r_mean, the published layout) and the last states for `--resume`;
-`--evaluate` writes `evaluate.txt` only.
+nothing. A run folder gets `config.yaml`, `log.txt` (one JSON line an epoch), `steps.jsonl`, `console.log`, perhaps
+`nonfinite_batch.txt`, `checkpoint_best.pth` (best validation r_mean, the published layout) and the last states for
+`--resume`; `--evaluate` writes `evaluate.txt` only.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def run(cfg: RetrievalConfig, args: argparse.Namespace) -> int:
         print_dry_run(model, job)
         return 0
     if args.evaluate:
-        return evaluate_only(model, cfg, job.splits, job.folder)
+        return evaluate_only(model, cfg, job.splits, job.folder, args.seed)
     return train(model, job)
 
 

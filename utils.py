@@ -285,24 +285,12 @@ def never_stop() -> None:
 # ---- run folder ---------------------------------------------------------------------------------------------------
 
 
-def record(path: Path, stats: dict[str, float]) -> None:
+def record(path: Path, stats: dict[str, Any]) -> None:
     """Append one JSON line to a file of the run folder."""
     if is_main():
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(stats) + "\n")
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file that `record` wrote."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
-def keep_log_until(path: Path, epoch: int) -> None:
-    """Drop the lines that a resumed run writes again: those of `epoch` and later, and the test line."""
-    if path.exists():
-        kept = [row for row in read_log(path) if row.get("epoch", epoch) < epoch]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
 
 def name_images(names: list[str], path: Path, limit: int = 10) -> str:

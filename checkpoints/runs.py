@@ -2,7 +2,8 @@
 
 A save holds the official layout (`model`, `optimizer`, `config`, `epoch`) and `text_config`, `run`, `world_size`, and
 `code`, the version that wrote it. It needs no state of random generators: training derives every draw from (seed, step,
-rank), and the sampler's place is `run.step`. What a crash can cost: the steps since the last save. A file gets its name when it is whole and on disk.
+rank), and the sampler's place is `run.step`. What a crash can cost: the steps since the last save. A file gets its name
+when it is whole and on disk.
 """
 
 import logging
@@ -43,6 +44,7 @@ class RunState:
     step: int = 0
     best: float = 0.0
     best_epoch: int = -1
+    origin: str = ""  # what training started from, in words
     momentum_moved: bool = False  # of the next step, which was left after its twins had moved
     meters: dict[str, Any] = field(default_factory=dict)
 

@@ -2,41 +2,52 @@
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlparse
 
+from checkpoints.download import PUBLISHED
 from checkpoints.load import load_pretrained
+from configs.datasets import DATASETS
 from configs.schema import RetrievalConfig
 from data.annotations import Annotations
 from data.loaders import eval_image_loader
 from models.blip_retrieval import BLIP_Retrieval
-from retrieval.metrics import chance_metrics, recall_table, retrieval_metrics, within_noise
+from retrieval.metrics import KS, chance_metrics, recall_table, retrieval_metrics, within_noise
+from retrieval.provenance import RANDOM, Origin, Provenance, log_head
 from retrieval.rerank import own_blocks, rerank
-from utils import NotFinite, Stopped, StopSignal, never_stop, precision, record
+from utils import NotFinite, Stopped, StopSignal, is_main, never_stop, precision, record
 
 log = logging.getLogger("blip")
 
+AGREES = 0.5  # points of Recall within which repetitions of the published numbers lie
 
-def evaluate_only(model: BLIP_Retrieval, cfg: RetrievalConfig, splits: dict[str, Annotations], folder: Path) -> int:
+
+def evaluate_only(
+    model: BLIP_Retrieval, cfg: RetrievalConfig, splits: dict[str, Annotations], folder: Path, seed: int
+) -> int:
     """Load the weights, evaluate the splits, and append one JSON line to `evaluate.txt` in `folder`.
 
     Returns the exit status; a stop signal leaves the file as it was.
     """
-    source = cfg.finetuned or cfg.pretrained
+    log_head(model, cfg)
+    source, origin = cfg.finetuned or cfg.pretrained, RANDOM
     if source:
-        load_pretrained(model, source, cfg.cache_dir)
+        origin = Origin(source, load_pretrained(model, source, cfg.cache_dir).kind)
     else:
         log.warning("neither finetuned nor pretrained is set: evaluating random weights")
     stats = {}
     with StopSignal() as stop:
         try:
             for split, annotations in splits.items():
-                stats |= evaluate(model, cfg, annotations, split, stop.poll)
+                stats |= evaluate(model, cfg, annotations, split, stop.poll, source)
                 if warning := chance_warning(annotations, split, stats):
                     log.warning("warning: %s", warning)
         except Stopped:
             log.info("stopped by %s: nothing was written; give the same command again", stop.received)
             return StopSignal.EXIT_STOPPED
-    record(folder / "evaluate.txt", stats)
+    if is_main():
+        provenance = Provenance(cfg, splits, seed, model.temp.device)
+        record(folder / "evaluate.txt", provenance.row("evaluate", stats, model, splits, origin))
     return 0
 
 
@@ -46,10 +57,12 @@ def evaluate(
     annotations: Annotations,
     split: str,
     poll: Callable[[], None] = never_stop,
+    source: str = "",
 ) -> dict[str, float]:
     """Recall of one split in percent, keys prefixed `val_` or `test_`; NotFinite when a score is no number.
 
     BLIP's nine keys are of the re-ranked lists; `itc_*` are the same nine from contrast alone, `chance_*` by luck.
+    `source`: where the weights were loaded from; the log compares a released file with its published numbers.
     """
     num_images = len(annotations.images)
     own_images = [i for block in own_blocks(num_images, cfg.batch_size_test) for i in block]
@@ -69,10 +82,33 @@ def evaluate(
         raise NotFinite(f"{annotations.name}: {error}") from None
     chance = chance_metrics(*ids)
     rows = {"re-ranked (ITM)": itm, "contrast (ITC)": itc, "chance": chance}
-    for line in recall_table(annotations.name, rows):
+    published = published_metrics(source, cfg.dataset, split, annotations)
+    for line in recall_table(annotations.name, rows | ({"published": published} if published else {})):
         log.info("%s", line)
+    if published:
+        log.info("%s", compare(itm, published))
     kinds = {"": itm, "itc_": itc, "chance_": chance}
     return {f"{split}_{kind}{k}": v for kind, metrics in kinds.items() for k, v in metrics.items()}
+
+
+def published_metrics(source: str, dataset: str, split: str, table: Annotations) -> dict[str, float]:
+    """Published numbers of a released file, told by its name, on the test split it was measured on; else none."""
+    home, values = PUBLISHED.get(PurePosixPath(urlparse(source).path).name, ("", ()))
+    counts = len(table.images), len(table.captions)
+    if split != "test" or home != dataset or counts != DATASETS[dataset].counts.get(split):
+        return {}
+    keys = [f"{way}_r{k}" for way in ("txt", "img") for k in KS]
+    return {**dict(zip(keys, values, strict=True)), "r_mean": sum(values) / len(values)}
+
+
+def compare(metrics: dict[str, float], published: dict[str, float]) -> str:
+    """A line that says of TR@1, IR@1 and the mean whether they are the published ones."""
+    parts = []
+    for name, key in (("TR@1", "txt_r1"), ("IR@1", "img_r1"), ("mean", "r_mean")):
+        difference = metrics[key] - published[key]
+        verdict = "within" if abs(difference) <= AGREES + 1e-9 else "NOT within"
+        parts.append(f"{name} {difference:+.2f} ({verdict} {AGREES})")
+    return f"against the published numbers: {', '.join(parts)}"
 
 
 def chance_warning(table: Annotations, split: str, stats: dict[str, float]) -> str:
