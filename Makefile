@@ -32,7 +32,7 @@ lint: $(INSTALLED)
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-$(INSTALLED): requirements.txt
+$(INSTALLED): requirements.txt requirements-tensorboard.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --requirement requirements.txt
+	.venv/bin/python -m pip install -r requirements.txt -r requirements-tensorboard.txt
 	touch $@

@@ -5,8 +5,8 @@
 With two or more GPUs, write `python -m torch.distributed.run --nproc_per_node=2` for `python`.
 
 `--check` looks at everything that could go wrong later and writes nothing. A run folder gets `config.yaml`, `log.txt`
-(one JSON line an epoch), perhaps `nonfinite_batch.txt`, `checkpoint_best.pth` (best validation r_mean, the published
-layout) and the last states for `--resume`; `--evaluate` writes `evaluate.txt` only.
+(one JSON row an evaluation), `steps.jsonl`, `console.log`, perhaps `nonfinite_batch.txt`, `checkpoint_best.pth` (best
+validation r_mean, the published layout) and the last states for `--resume`; `--evaluate` writes `evaluate.txt` only.
 """
 
 import argparse
@@ -123,7 +123,7 @@ def run(cfg: RetrievalConfig, args: argparse.Namespace) -> int:
         if args.dry_run:
             print_dry_run(model, job)
         elif args.evaluate:
-            evaluate_only(model, cfg, job.splits, job.folder, weights_to_evaluate(cfg, args))
+            evaluate_only(model, cfg, job.splits, job.folder, weights_to_evaluate(cfg, args), args.seed)
         else:
             train(model, job)
     except Stopped as stopped:

@@ -1,16 +1,20 @@
 """Processes, logging, files, seeds and precision. Every helper is the identity for one process."""
 
+import importlib.metadata
 import json
 import logging
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -219,6 +223,36 @@ def find_path(path: str | os.PathLike) -> Path:
     return there if there.exists() and not here.exists() else here
 
 
+@cache
+def code_version() -> str:
+    """Which code runs: "0.9.0 (3f2a1bc901)" with the commit, "..., modified)" if files differ, "0.9.0" without git."""
+    version = _version(REPOSITORY)
+    try:
+        top, commit = _git("rev-parse", "--show-toplevel", "--short=10", "HEAD").splitlines()
+        if Path(top).resolve() != REPOSITORY:  # somebody else's checkout, which this one lies in
+            return version
+        modified = _git("status", "--porcelain", "--untracked-files=no").strip()
+    except (OSError, ValueError, subprocess.SubprocessError):  # no git, no checkout, no commit, no answer
+        return version
+    return f"{version} ({commit}{', modified' if modified else ''})"
+
+
+def _version(folder: Path) -> str:
+    try:
+        return str(tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"])
+    except (OSError, ValueError, LookupError, TypeError):
+        pass
+    try:
+        return importlib.metadata.version("blip-retrieval")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _git(*args: str) -> str:
+    command = ["git", "--no-optional-locks", "-C", str(REPOSITORY), *args]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+
+
 # ---- stop signals -------------------------------------------------------------------------------------------------
 
 
@@ -275,24 +309,12 @@ def never_stop() -> None:
 # ---- run folder ---------------------------------------------------------------------------------------------------
 
 
-def record(path: Path, stats: dict[str, float]) -> None:
+def record(path: Path, stats: dict[str, Any]) -> None:
     """Append one JSON line to a file of the run folder."""
     if is_main():
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(stats) + "\n")
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file that `record` wrote."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
-def keep_log_until(path: Path, epoch: int) -> None:
-    """Drop the lines that a resumed run writes again: those of `epoch` and later, and the test line."""
-    if path.exists():
-        kept = [line for line in read_log(path) if line.get("epoch", epoch) < epoch]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
 def name_images(names: list[str], path: Path) -> str:

@@ -65,7 +65,9 @@ def describe(source: str) -> list[str]:
     ]
     if file.ignored:
         lines.append(f"ignored: {len(file.ignored)} tensors: {few(file.ignored, 3)}")
-    lines += [f"{key}: {file.extra[key]}" for key in ("epoch", "run", "world_size", "config") if key in file.extra]
+    lines += [
+        f"{key}: {file.extra[key]}" for key in ("epoch", "run", "world_size", "code", "config") if key in file.extra
+    ]
     if "optimizer" in file.extra:
         lines.append("optimizer state: yes")
     return lines

@@ -1,8 +1,9 @@
 """Saves of a training run: one atomic file each, and exact continuation.
 
-A save holds the official layout (`model`, `optimizer`, `config`, `epoch`) and `text_config`, `run`, `world_size`. It
-needs no state of random generators: training derives every draw from (seed, step, rank), and the sampler's place is
-`run.step`. What a crash can cost: the steps since the last save. A file gets its name when it is whole and on disk.
+A save holds the official layout (`model`, `optimizer`, `config`, `epoch`) and `text_config`, `run`, `world_size`, and
+`code`, the version that wrote it. It needs no state of random generators: training derives every draw from (seed, step,
+rank), and the sampler's place is `run.step`. What a crash can cost: the steps since the last save. A file gets its name
+when it is whole and on disk.
 """
 
 import logging
@@ -19,7 +20,7 @@ from torch.optim import Optimizer
 
 from checkpoints.protocol import RetrievalModel
 from checkpoints.weights import DamagedFile, few, read_pth
-from utils import get_world_size, is_main
+from utils import code_version, get_world_size, is_main
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class RunState:
     step: int = 0
     best: float = 0.0
     best_epoch: int = -1
+    origin: str = ""  # what training started from, in words
     momentum_moved: bool = False  # the next step was begun and left: its twins have moved
     meters: dict[str, Any] = field(default_factory=dict)
 
@@ -59,7 +61,8 @@ def save_checkpoint(
 
     OSError when the disk is full or fails: a former file of that name is still there then.
     """
-    plain = {"config": config, "epoch": epoch, "text_config": asdict(model.text_encoder.config), **extra}
+    text_config, code = asdict(model.text_encoder.config), code_version()
+    plain = {"config": config, "epoch": epoch, "text_config": text_config, "code": code, **extra}
     _require_plain(plain)
     if is_main():
         path = Path(path)

@@ -6,6 +6,7 @@ embeddings are resampled. Nothing in a file is ever executed: `torch.load(weight
 Shapes: N = 1 + g^2 image tokens ([CLS] first) of a g x g grid, V image width, E embedding width.
 """
 
+import hashlib
 import math
 import pickle
 import re
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from configs.sizes import VIT_SIZES
@@ -197,6 +198,19 @@ def require_equal_sizes(file: Sizes, wanted: Sizes, name: str) -> None:
     if different:
         listed = ", ".join(f"{key} {file.text[key]} (config: {wanted.text[key]})" for key in different)
         raise ValueError(f"{name}: the file's text encoder has {listed}: set `med_config` to a JSON with its sizes.")
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 over names, shapes and float32 values of the online weights: equal for every format of one model.
+
+    Momentum twins and queues are left out: evaluation does not use them, and not every format has them.
+    """
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if not name.startswith(TWINS) and name not in QUEUES:
+            digest.update(f"{name} {tuple(value.shape)}\n".encode())
+            digest.update(value.detach().float().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _count(state: Iterable[str], pattern: str) -> int:

@@ -103,6 +103,8 @@ class RetrievalConfig:
     # --- run folder
     save_every_steps: int = knob(0, "optimizer steps between extra saves for --resume; 0 = only after each epoch", 0)
     keep_last: int = knob(2, "number of saves for --resume that are kept", 1)
+    log_every: int = knob(10, "optimizer steps between rows of steps.jsonl", 1)
+    tensorboard: bool = knob(False, "write the numbers for TensorBoard too; needs requirements-tensorboard.txt")
 
     def __post_init__(self) -> None:
         for knob_ in fields(self):

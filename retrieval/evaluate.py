@@ -10,8 +10,10 @@ from data.annotations import Annotations
 from data.loaders import eval_image_loader, worker_died
 from models.blip_retrieval import BLIP_Retrieval
 from retrieval.metrics import chance_metrics, recall_table, retrieval_metrics, within_noise
+from retrieval.provenance import RANDOM, Origin, Provenance, log_head
+from retrieval.published import compare, published_metrics
 from retrieval.rerank import own_blocks, rerank
-from utils import NotFinite, Stopped, StopSignal, never_stop, precision, record
+from utils import NotFinite, Stopped, StopSignal, is_main, never_stop, precision, record
 
 log = logging.getLogger("blip")
 
@@ -22,21 +24,23 @@ def evaluate_only(
     splits: dict[str, Annotations],
     folder: Path,
     weights: tuple[str, str],
+    seed: int,
 ) -> None:
     """Load the weights, evaluate the splits, and append one JSON line to `evaluate.txt` in `folder`.
 
     `weights`: the checkpoint ('' = random weights) and why it is this one. Stopped with the words for the user when a
     stop signal came; the file is then as it was.
     """
-    source, why = weights
+    log_head(model, cfg)
+    (source, why), origin = weights, RANDOM
     log.info("weights: %s (%s)", source or "random", why)
     if source:
-        load_pretrained(model, source, cfg.cache_dir)
+        origin = Origin(source, load_pretrained(model, source, cfg.cache_dir).kind)
     stats: dict[str, float] = {}
     with StopSignal() as stop:
         try:
             for split, annotations in splits.items():
-                stats |= evaluate(model, cfg, annotations, split, stop.poll)
+                stats |= evaluate(model, cfg, annotations, split, stop.poll, source)
                 if warning := chance_warning(annotations, split, stats):
                     log.warning("warning: %s", warning)
         except (Stopped, RuntimeError) as error:
@@ -45,7 +49,9 @@ def evaluate_only(
             words = f"stopped by {stop.received}: nothing was written; give the same command again"
             raise Stopped(words) from None
     log.info("these numbers are of %s (%s)", source or "random weights", why)
-    record(folder / "evaluate.txt", stats)
+    if is_main():
+        provenance = Provenance(cfg, splits, seed, model.temp.device)
+        record(folder / "evaluate.txt", provenance.row("evaluate", stats, model, splits, origin))
 
 
 def evaluate(
@@ -54,10 +60,12 @@ def evaluate(
     annotations: Annotations,
     split: str,
     poll: Callable[[], None] = never_stop,
+    source: str = "",
 ) -> dict[str, float]:
     """Recall of one split in percent, keys prefixed `val_` or `test_`; NotFinite when a score is not finite.
 
     BLIP's nine keys are of the re-ranked lists; `itc_*` the same from contrast alone, `chance_*` by a random order.
+    `source`: where the weights were loaded from; the log compares a released file with its published numbers.
     """
     num_images = len(annotations.images)
     own_images = [i for block in own_blocks(num_images, cfg.batch_size_test) for i in block]
@@ -77,8 +85,11 @@ def evaluate(
         raise NotFinite(f"{annotations.name}: {error}") from None
     chance = chance_metrics(*ids)
     rankings = {"re-ranked (ITM)": itm, "contrast (ITC)": itc, "chance": chance}
-    for line in recall_table(annotations.name, rankings):
+    published = published_metrics(source, cfg.dataset, split, annotations)
+    for line in recall_table(annotations.name, rankings | ({"published": published} if published else {})):
         log.info("%s", line)
+    if published:
+        log.info("%s", compare(itm, published))
     kinds = {"": itm, "itc_": itc, "chance_": chance}
     return {f"{split}_{kind}{k}": v for kind, metrics in kinds.items() for k, v in metrics.items()}
 

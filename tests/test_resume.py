@@ -53,7 +53,8 @@ def straight(folder: Path) -> tuple[list[dict], dict]:
 
 
 def outcome(folder: Path) -> tuple[list[dict], dict]:
-    return lines(folder / "log.txt"), torch.load(find_runs(folder)[0], weights_only=True)
+    rows = lines(folder / "log.txt", "train_file", "val_file", "test_file")  # runs to compare lie in several folders
+    return rows, torch.load(find_runs(folder)[0], weights_only=True)
 
 
 def assert_equal_outcomes(got: tuple[list[dict], dict], expected: tuple[list[dict], dict]) -> None:

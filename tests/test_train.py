@@ -12,6 +12,7 @@ import torch
 from ruamel.yaml import YAML
 
 import train_retrieval
+from checkpoints.load import LoadReport
 from configs.schema import load_config
 from data.checks import Findings
 from training import loop
@@ -33,8 +34,10 @@ def launch(folder: Path, processes: int, output: str, *args: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def lines(path: Path, *apart: str) -> list[dict]:
+    """The rows of a file of a run, without `time`, which no two runs share, and without the columns `apart`."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in ("time", *apart)} for row in rows]
 
 
 def test_trains_evaluates_and_leaves_a_run_folder(tiny_run, capsys):
@@ -66,14 +69,15 @@ def test_evaluate_writes_its_result_and_nothing_else(tiny_run):
     assert set(after) - set(before) == {"evaluate.txt"} and all(after[name] == before[name] for name in before)
     (result,) = lines(tiny_run / "out" / "evaluate.txt")
     trained = lines(tiny_run / "out" / "log.txt")[-1]
-    assert {key: result[key] for key in trained if key != "best_epoch"} == {
-        k: v for k, v in trained.items() if k != "best_epoch"
-    }
+    other = {"kind", "best_epoch", "split", "checkpoint", "checkpoint_kind"}
+    assert {key: result[key] for key in trained.keys() - other} == {key: trained[key] for key in trained.keys() - other}
 
 
 def test_evaluate_loads_finetuned_before_pretrained(tiny_run, monkeypatch):
     loaded = []
-    monkeypatch.setattr("retrieval.evaluate.load_pretrained", lambda model, source, cache_dir: loaded.append(source))
+    monkeypatch.setattr(
+        "retrieval.evaluate.load_pretrained", lambda model, source, cache_dir: loaded.append(source) or LoadReport()
+    )
     monkeypatch.setattr("training.preflight.check_checkpoint", lambda *_: Findings())
     run(tiny_run, "--evaluate", "--set", "pretrained=p.pth")
     run(tiny_run, "--evaluate", "--set", "pretrained=p.pth", "finetuned=f.pth")
@@ -92,8 +96,9 @@ def test_launcher_and_number_of_processes_do_not_change_results(tiny_run):
     assert run(tiny_run) == 0
     launch(tiny_run, 1, "one")
     launch(tiny_run, 2, "two")
-    alone, one, two = (lines(tiny_run / name / "log.txt") for name in ("out", "one", "two"))
+    alone, one = (lines(tiny_run / name / "log.txt") for name in ("out", "one"))
     assert one == alone
+    one, two = (lines(tiny_run / name / "log.txt", "processes", "checkpoint_sha256") for name in ("one", "two"))
     assert len(two) == len(one)
     for a, b in zip(one, two, strict=True):
         assert b == pytest.approx(a, rel=1e-4, abs=1e-4)
@@ -101,7 +106,8 @@ def test_launcher_and_number_of_processes_do_not_change_results(tiny_run):
     best = tiny_run / "one" / "checkpoint_best.pth"
     for processes in (1, 2):
         launch(tiny_run, processes, f"eval{processes}", "--evaluate", "--set", f"pretrained={best}")
-    assert lines(tiny_run / "eval1" / "evaluate.txt") == lines(tiny_run / "eval2" / "evaluate.txt")
+    one, two = (lines(tiny_run / name / "evaluate.txt", "processes") for name in ("eval1", "eval2"))
+    assert one == two
 
 
 BAD = {

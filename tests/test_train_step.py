@@ -1,7 +1,6 @@
 """The training step against the published algorithm: losses, every parameter's gradient, queues, in float64."""
 
 import copy
-import json
 import re
 from contextlib import nullcontext
 
@@ -13,6 +12,7 @@ import train_retrieval
 from benchmarks.published import published_step
 from tests.conftest import random_captions, tiny_med, tiny_model
 from tests.golden import NOISE, argmax_instead_of_sampling, losses_by_rank
+from tests.test_train import lines
 from training.step import Negatives, RetrievalStep, Term, train_step
 from transform.text import tokenize
 
@@ -270,7 +270,7 @@ def test_a_new_term_is_logged_and_printed_by_itself(tiny_run, monkeypatch, capsy
         monkeypatch.setattr("training.step.RetrievalStep", step)
         argv = ["--config", str(tiny_run / "config.yaml"), "--output_dir", str(tiny_run / output), "--device", "cpu"]
         assert train_retrieval.main([*argv, "--set", "init_lr=0", "min_lr=0", "weight_decay=0"]) == 0
-        rows[output] = [json.loads(line) for line in (tiny_run / output / "log.txt").read_text().splitlines()]
+        rows[output] = lines(tiny_run / output / "log.txt")
         printed = [line for line in capsys.readouterr().err.splitlines() if re.search(r"epoch \d+ \[", line)]
         names[output] = [re.findall(r"\b(?:loss_\w+|itm_acc|grad_norm|temp|lr)(?= )", line) for line in printed]
     plain, extended = rows["plain"], rows["extended"]

@@ -5,6 +5,7 @@ saved as trained before it is validated; a resumed run goes on with the evaluati
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -16,9 +17,11 @@ from data.loaders import recipe_sampler, train_loader, worker_died
 from data.retrieval import TrainBatch
 from models.blip_retrieval import BLIP_Retrieval
 from retrieval.evaluate import chance_warning, evaluate
+from retrieval.provenance import RANDOM, Origin, log_head
 from training.compilation import compile_encoders
+from training.journal import Journal, read_log
 from training.memory import auto_keep_graphs
-from training.monitor import EpochMonitor, TrainingWarnings
+from training.monitor import EpochMonitor, RunClock, TrainingWarnings
 from training.preflight import LOG, Job
 from training.schedule import build_optimizer, ramped_alpha, set_lr
 from training.step import StepReport, train_step
@@ -34,12 +37,9 @@ from utils import (
     get_rank,
     get_world_size,
     is_main,
-    keep_log_until,
     name_images,
     never_stop,
     precision,
-    read_log,
-    record,
     seed_from,
 )
 
@@ -48,8 +48,9 @@ log = logging.getLogger("blip")
 
 def train(model: BLIP_Retrieval, job: Job) -> None:
     """Train, validate and test; Stopped with the words for the user when a stop signal came."""
-    with StopSignal() as stop:
-        run = TrainingRun(model, job, stop)
+    with StopSignal() as stop, Journal(job, model.temp.device) as journal:
+        log_head(model, job.cfg)
+        run = TrainingRun(model, job, stop, journal)
         try:
             run.validate_start()
             while not run.trained():
@@ -74,15 +75,20 @@ def train(model: BLIP_Retrieval, job: Job) -> None:
 class TrainingRun:
     """Model, data, optimizer and the state of a run on this process."""
 
-    def __init__(self, model: BLIP_Retrieval, job: Job, stop: StopSignal):
+    def __init__(self, model: BLIP_Retrieval, job: Job, stop: StopSignal, journal: Journal):
         self.model, self.job, self.cfg, self.folder, self.stop = model, job, job.cfg, job.folder, stop
+        self.journal = journal
         table = job.splits["train"]
         self.sampler = recipe_sampler(self.cfg, len(table.captions), job.args.seed, get_world_size(), get_rank())
         self.loader = train_loader(self.cfg, table, self.sampler, model.temp.device)
         self.steps = len(self.loader)  # of an epoch
         self.warnings = TrainingWarnings(self.steps)
         self.optimizer = build_optimizer(model, self.cfg)
-        self.state = start_run(model, self.optimizer, job)
+        self.state = start_run(model, self.optimizer, job, journal, self.steps)
+        val, test = (len(job.splits[split].captions) for split in ("val", "test"))
+        self.clock = RunClock(self.steps, self.cfg.max_epoch, test / val)
+        epochs, batch = self.cfg.max_epoch, self.cfg.global_batch_size
+        log.info("%d epochs of %d steps, each of %d pairs", epochs, self.steps, batch)
         broadcast_model(model)
         self.train_stats: dict[str, float] = {}  # of the epoch that is to be validated
         self.keep_graphs: int | None = None
@@ -103,8 +109,8 @@ class TrainingRun:
             if cfg.compile:
                 compile_encoders(self.model)
             self.keep_graphs = count_kept_graphs(self.model, cfg, self.optimizer)
-        name, device = f"epoch {state.epoch}", self.model.temp.device
-        monitor = EpochMonitor(name, self.steps, cfg.global_batch_size, device, state, self.warnings)
+        sizes, device = (self.steps, cfg.global_batch_size), self.model.temp.device
+        monitor = EpochMonitor(*sizes, state, device, self.warnings, self.clock, self.journal)
         lr = set_lr(self.optimizer, cfg, state.epoch, state.epoch * self.steps + self.steps - 1)
         if state.step < self.steps:
             lr = self.train_steps(monitor)
@@ -196,10 +202,13 @@ class TrainingRun:
         if not self.cfg.eval_before or self.state.epoch or self.state.step or done:
             return
         try:
-            record(self.folder / LOG, {"epoch": -1, **self.evaluate("val")})
+            stats = {"epoch": -1, **self.evaluate("val")}
         except Stopped:
             self.save()
             raise
+        source = self.cfg.pretrained
+        origin = Origin(source, self.state.origin or "unknown") if source else RANDOM
+        self.journal.evaluated("start", stats, self.model, "val", origin, 0)
 
     def validate(self) -> None:
         """Validate the trained epoch, keep the best weights, log the epoch's line, and go to the next epoch."""
@@ -207,10 +216,16 @@ class TrainingRun:
         stats = self.train_stats | self.evaluate("val")
         if warning := chance_warning(self.job.splits["val"], "val", stats):
             self.warnings.warn("chance", warning)
-        if stats["val_r_mean"] > state.best or state.best_epoch < 0:
-            state.best, state.best_epoch = stats["val_r_mean"], epoch
+        mean, before = stats["val_r_mean"], state.best
+        if mean > before or state.best_epoch < 0:
+            beaten = f" (before {before:.2f})" if state.best_epoch >= 0 else ""
+            state.best, state.best_epoch = mean, epoch
             save_checkpoint(self.folder / BEST, self.model, self.optimizer, self.job.config, epoch)
-        record(self.folder / LOG, {"epoch": epoch, **stats, "best_epoch": state.best_epoch})
+            log.info("new best: val_r_mean %.2f%s, saved as %s", mean, beaten, BEST)
+        else:
+            log.info("val_r_mean %.2f; the best is still %.2f of epoch %d", mean, before, state.best_epoch)
+        row = {"epoch": epoch, **stats, "best_epoch": state.best_epoch}
+        self.journal.evaluated("epoch", row, self.model, "val", Origin(), (epoch + 1) * self.steps)
         state.epoch, state.step, state.meters = epoch + 1, 0, {}
         self.save()
         barrier()
@@ -220,26 +235,35 @@ class TrainingRun:
     def test(self) -> None:
         """The test split with the best weights."""
         load_pretrained(self.model, str(self.folder / BEST))
-        record(self.folder / LOG, {"best_epoch": self.state.best_epoch, **self.evaluate("test")})
+        row = {"best_epoch": self.state.best_epoch, **self.evaluate("test")}
+        self.journal.evaluated("test", row, self.model, "test", Origin(BEST), self.state.epoch * self.steps)
         log.info("the best epoch was %d; weights, log and config are in %s", self.state.best_epoch, self.folder)
 
     def evaluate(self, split: str) -> dict[str, float]:
-        return evaluate(self.model, self.cfg, self.job.splits[split], split, self.stop.poll)
+        start = time.monotonic()
+        numbers = evaluate(self.model, self.cfg, self.job.splits[split], split, self.stop.poll)
+        if split == "val":
+            self.clock.validation = time.monotonic() - start
+        return numbers
 
 
-def start_run(model: BLIP_Retrieval, optimizer: torch.optim.Optimizer, job: Job) -> RunState:
+def start_run(
+    model: BLIP_Retrieval, optimizer: torch.optim.Optimizer, job: Job, journal: Journal, steps: int
+) -> RunState:
     """The state to start from: that of a save (`--resume`), or step 0 with weights of `pretrained` or random ones."""
     cfg, folder, source = job.cfg, job.folder, job.args.resume
     state = resume(source, folder, model, optimizer, job.config) if source else None
     if source and state is None and is_main():
         log.warning("warning: --resume %s: %s holds no save of a run, so this run STARTS ANEW", source, folder)
+    origin = state.origin if state else RANDOM.kind
     if state is None and cfg.pretrained:
-        load_pretrained(model, cfg.pretrained, cfg.cache_dir)
-    if is_main():  # the first thing that is written
-        folder.mkdir(parents=True, exist_ok=True)
+        origin = load_pretrained(model, cfg.pretrained, cfg.cache_dir).kind
+    elif state is None:
+        log.info("training starts from random weights, as pretrained is not set")
+    journal.open(state, steps)  # the first thing that is written
+    if is_main():
         save_config(cfg, folder / "config.yaml")
-        keep_log_until(folder / LOG, state.epoch if state else -1)
-    return state or RunState()
+    return state or RunState(origin=origin)
 
 
 def count_kept_graphs(model: BLIP_Retrieval, cfg: RetrievalConfig, optimizer: torch.optim.Optimizer) -> int:

@@ -13,6 +13,7 @@ from checkpoints.runs import RunState
 from configs.schema import TEMP_RANGE
 from data.retrieval import TrainBatch
 from models.itm import NO_NEGATIVE
+from training.journal import Journal
 from training.step import StepReport
 from utils import PRINT_SECONDS, NotFinite, all_reduce_sum, format_seconds, gather_names, is_main, memory_mb
 
@@ -59,6 +60,58 @@ class TrainingWarnings:
         self.said.add(topic)
 
 
+class RunClock:
+    """How long a run still takes: its steps at the present rate, its evaluations as long as the last one timed."""
+
+    SETTLED, ENOUGH = 5, 20  # steps after which the rate counts, and after which it is a forecast
+
+    def __init__(self, steps: int, epochs: int, test_share: float):
+        self.steps, self.epochs, self.test_share = steps, epochs, test_share  # the test split in validations
+        self.validation: float | None = None  # seconds
+        self._since: tuple[int, float] | None = None
+        self._said = False
+
+    def left(self, epoch: int, step: int, seconds_per_step: float) -> float:
+        """Seconds from `step` of `epoch` to the end of the run."""
+        return self.steps_left(epoch, step) * seconds_per_step + self.validations_left(epoch) * (self.validation or 0)
+
+    def steps_left(self, epoch: int, step: int) -> int:
+        return (self.epochs - epoch) * self.steps - step
+
+    def validations_left(self, epoch: int) -> float:
+        return self.epochs - epoch + self.test_share
+
+    def forecast(self, epoch: int, step: int, done: int) -> str:
+        """After enough steps (`done` by this monitor), and once: what the rest of the run will take; '' otherwise."""
+        now = time.monotonic()
+        if self._said or not (done in (self.SETTLED, self.ENOUGH) or step == self.steps):
+            return ""
+        if done == self.SETTLED and step < self.steps:
+            self._since = done, now
+            return ""
+        if self._since is None:  # fewer steps than would tell
+            return ""
+        self._said = True
+        seconds = (now - self._since[1]) / (done - self._since[0])
+        evaluations = (
+            f"{self.epochs - epoch + 1} evaluations, {format_seconds(self.validation)} for the one of val"
+            if self.validation is not None
+            else "the evaluations not counted, as none was timed yet"
+        )
+        return (
+            f"the rest of the run will take about {duration(self.left(epoch, step, seconds))}: "
+            f"{self.steps_left(epoch, step)} steps of {seconds:.3g} s, and {evaluations}"
+        )
+
+
+def duration(seconds: float) -> str:
+    """In the unit people plan in: '31 hours', '4.5 hours', '12 minutes', '40 seconds'."""
+    hours = seconds / 3600
+    if hours >= 2:
+        return f"{hours:.0f} hours" if hours >= 10 else f"{hours:.1f} hours"
+    return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"
+
+
 class EpochMonitor:
     """Losses of an epoch: running means, a line every PRINT_SECONDS, and an error if a number is not finite.
 
@@ -67,9 +120,17 @@ class EpochMonitor:
     """
 
     def __init__(
-        self, name: str, steps: int, samples: int, device: torch.device, state: RunState, warnings: TrainingWarnings
+        self,
+        steps: int,
+        samples: int,
+        state: RunState,
+        device: torch.device,
+        warnings: TrainingWarnings,
+        clock: RunClock,
+        journal: Journal,
     ):
-        self.name, self.steps, self.samples, self.device, self.warnings = name, steps, samples, device, warnings
+        self.name, self.epoch, self.steps, self.samples = f"epoch {state.epoch}", state.epoch, steps, samples
+        self.device, self.warnings, self.clock, self.journal = device, warnings, clock, journal
         self.first = self.done = state.step
         self.sums: dict[str, Tensor] = {  # of each term, over the steps done
             term: torch.tensor(value, dtype=torch.float64, device=device)
@@ -79,6 +140,7 @@ class EpochMonitor:
         self.stop_requested = False
         self._pending: _Step | None = None
         self.start = self.last = time.monotonic()
+        self._row = self.first, self.start  # the last one of steps.jsonl: its step, and when
 
     def update(
         self, report: StepReport, grad_norm: Tensor, temp: Tensor, lr: float, batch: TrainBatch, stop: bool
@@ -124,7 +186,21 @@ class EpochMonitor:
         self.stop_requested = stop > 0
         self.skipped += round(skipped)
         self.warnings.step(where, numbers["loss_itm"], temp)
+        self._write(step, numbers, temp, lr)
         self._print(step, numbers, temp, lr)
+        if forecast := self.clock.forecast(self.epoch, step, step - self.first):
+            log.info("%s", forecast)
+
+    def _write(self, step: int, numbers: dict[str, float], temp: float, lr: float) -> None:
+        """A row of steps.jsonl, when it is time; its rate is that since the row before."""
+        run_step = self.epoch * self.steps + step
+        if run_step % self.journal.cfg.log_every and step != self.steps:
+            return
+        now, (last, since) = time.monotonic(), self._row
+        self._row = step, now
+        rate, memory = (step - last) * self.samples / max(now - since, 1e-9), memory_mb(self.device)
+        row = {**numbers, "temp": temp, "lr": lr, "images_per_second": rate, "memory_mb": memory}
+        self.journal.step(run_step, self.epoch, row)
 
     def _print(self, step: int, numbers: dict[str, float], temp: float, lr: float) -> None:
         now = time.monotonic()
@@ -134,8 +210,9 @@ class EpochMonitor:
         rate = (step - self.first) / (now - self.start)
         digits = {"itm_acc": 3, "grad_norm": 2}
         log.info(
-            "%s [%d/%d] eta %s  %s  temp %.4f  lr %.2e  %.1f images/s  %.0f MB",
+            "%s [%d/%d] eta %s, run %s  %s  temp %.4f  lr %.2e  %.1f images/s  %.0f MB",
             *(self.name, step, self.steps, format_seconds((self.steps - step) / rate)),
+            format_seconds(self.clock.left(self.epoch, step, 1 / rate)),
             "  ".join(f"{name} {value:.{digits.get(name, 4)}f}" for name, value in numbers.items()),
             *(temp, lr, rate * self.samples, memory_mb(self.device)),
         )

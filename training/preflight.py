@@ -4,6 +4,7 @@ import argparse
 import warnings
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,11 @@ def preflight(cfg: RetrievalConfig, args: argparse.Namespace) -> tuple[Job, Find
     if not is_main():
         return job, found
     found.add(check_data(cfg, job.splits, args.check))
+    if not args.evaluate and cfg.tensorboard and not find_spec("tensorboard"):
+        found.errors.append(
+            "tensorboard is true, but the package is not installed: pip install -r requirements-tensorboard.txt, or "
+            "set tensorboard to false."
+        )
     found.attempt(lambda: found.add(check_model(job)))
     if not (args.evaluate or args.resume or args.dry_run) and (job.folder / LOG).exists():
         found.errors.append(
