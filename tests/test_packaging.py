@@ -23,13 +23,16 @@ def name_of(requirement: str) -> str:
 def test_requirements_are_the_same_everywhere():
     run, test = (ROOT / "requirements.txt").read_text(encoding="utf-8").split("# tests\n")
     assert sorted(listed(run)) == sorted(PROJECT["project"]["dependencies"])
-    assert sorted(listed(test)) == sorted(PROJECT["project"]["optional-dependencies"]["test"])
+    extras = {"test": sorted(listed(test))}
+    for path in ROOT.glob("requirements-*.txt"):
+        extras[path.stem.removeprefix("requirements-")] = sorted(listed(path.read_text(encoding="utf-8")))
+    assert extras == {name: sorted(needed) for name, needed in PROJECT["project"]["optional-dependencies"].items()}
 
 
 def test_constraints_pin_every_requirement():
     pinned = listed((ROOT / "constraints.txt").read_text(encoding="utf-8"))
     assert all("==" in line for line in pinned)
-    required = listed((ROOT / "requirements.txt").read_text(encoding="utf-8"))
+    required = [line for path in ROOT.glob("requirements*.txt") for line in listed(path.read_text(encoding="utf-8"))]
     assert {name_of(line) for line in required} <= {name_of(line) for line in pinned}
 
 
