@@ -8,8 +8,8 @@ degenerate), captions have COCO's lengths. The slow ways are timed on a small co
 extrapolated by the number of pairs; so is this repository where `--images` is less than the gallery. That gallery also
 proves in the same run that scores and Recall are equal. Favours to the slow ways: image tokens stay on the device
 (published: copied from the host for every query), and transformers pads to the longest text of a query, not to 35.
-Encoding is in none of the times but printed beside the table. `ours` times shortlists, scores and adjudication when it
-scores all images, as `train_retrieval.py` does; of some images it times their pairs alone.
+The times do not include encoding, which is printed beside the table. `ours` times shortlists, scores and the recheck
+when it scores all images, as `train_retrieval.py` does; of some images it times their pairs alone.
 
 Shapes: N images and M texts of the gallery, k shortlist, B images and C texts of the small gallery, P pairs of a call.
 """

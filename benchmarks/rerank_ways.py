@@ -78,15 +78,15 @@ def unpadded_scores(model: BLIP_Retrieval, tokens: Tensor, text: TokenizedText, 
     """The same without padding and, with cls_only, [ENC] alone in the last layer; layer 0 in full for every pair."""
     lengths = text.attention_mask.sum(1).cpu().numpy()
     order = torch.from_numpy(np.argsort(lengths, kind="stable")).to(tokens.device)
-    packed = ScoringTexts(np.zeros(len(lengths), int), np.sort(lengths), tokens.device)
+    texts = ScoringTexts(np.zeros(len(lengths), int), np.sort(lengths), tokens.device)
     layers = model.text_encoder.encoder.layer
     with model.autocast():
         x = model.text_encoder.embeddings(as_match_input(text).input_ids[order])
         x = x[text.attention_mask[order].bool()]  # (T, D)
         for i, layer in enumerate(layers):
-            x = layer.text_part(x, packed, cls_only and i == len(layers) - 1)
-            x = layer.image_part(x, packed, tokens)
-    states = x if cls_only else packed.first(x)
+            x = layer.text_part(x, texts, cls_only and i == len(layers) - 1)
+            x = layer.image_part(x, texts, tokens)
+    states = x if cls_only else texts.first(x)
     logits = model.itm_head(states.float())[:, 1]
     return torch.empty_like(logits).index_copy_(0, order, logits)
 

@@ -108,8 +108,8 @@ def process(rank: int, port: int, folder: str) -> None:
         result |= {f"ddp {name}": forward_gradients(name, rank) for name in GOLDENS}
         model, image, text, idx = emulation_inputs()
         own = slice(rank * 4, rank * 4 + 4)
-        ragged = TokenizedText(*(x[own, : text.attention_mask[own].sum(1).max()] for x in text))
-        result["emulated"] = emulate(copy.deepcopy(model), image[own], ragged, idx[own], ranks=2)
+        trimmed = TokenizedText(*(x[own, : text.attention_mask[own].sum(1).max()] for x in text))
+        result["emulated"] = emulate(copy.deepcopy(model), image[own], trimmed, idx[own], ranks=2)
     result["gathered"] = all_gather(torch.tensor([[rank, 10 + rank]])).tolist()
     result["ranking"] = ranking_of(model)
     torch.save(result, Path(folder) / f"{rank}.pt")

@@ -158,7 +158,7 @@ def recall_of(lists, image_ids=IMAGE_IDS, text_ids=TEXT_IDS) -> dict[str, float]
     return retrieval_metrics(lists.i2t, lists.i2t_value, lists.t2i, lists.t2i_value, image_ids, text_ids)
 
 
-def test_bf16_recall_equals_float32_recall_with_adjudication_only():
+def test_bf16_recall_equals_float32_recall_only_with_the_recheck():
     same_without = 0
     for seed in range(8):
         torch.manual_seed(seed)

@@ -40,7 +40,7 @@ TABLE = (
     ),
     (
         r"DataLoader worker \(pid",
-        "a process that loads images has died ({line}). The system may have ended it for want of memory: lower "
+        "a process that loads images has died ({line}). The system may have ended it because memory ran out: lower "
         "num_workers {num_workers}; with num_workers 0 the cause is seen directly." + RESUME,
     ),
     (
