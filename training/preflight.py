@@ -71,18 +71,18 @@ def preflight(cfg: RetrievalConfig, args: argparse.Namespace) -> tuple[Job, Find
 
 def weights_to_evaluate(cfg: RetrievalConfig, args: argparse.Namespace) -> tuple[str, str]:
     """What `--evaluate` loads ('' = random weights, asked for), and why; ValueError if nothing names a checkpoint."""
+    if args.random_weights:
+        return "", "--random_weights asks for it"
     best = args.output_dir / BEST
     choices = (
         (args.checkpoint, "--checkpoint names it"),
-        ("" if args.random_weights else str(best) if best.exists() else "", "the best weights of this run folder"),
-        ("" if args.random_weights else cfg.finetuned, "the config's `finetuned`"),
-        ("" if args.random_weights else cfg.pretrained, "the config's `pretrained`, as there is no `finetuned`"),
+        (str(best) if best.exists() else "", "the best weights of this run folder"),
+        (cfg.finetuned, "the config's `finetuned`"),
+        (cfg.pretrained, "the config's `pretrained`, as there is no `finetuned`"),
     )
     for source, why in choices:
         if source:
             return source, why
-    if args.random_weights:
-        return "", "--random_weights asks for it"
     raise ValueError(
         f"nothing to evaluate: {best} does not exist, and the config names neither `finetuned` nor `pretrained`. Give "
         "--checkpoint PATH, name the run's folder as --output_dir, or say --random_weights."
