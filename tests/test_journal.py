@@ -1,6 +1,7 @@
 """The record of a run: where numbers come from, rows of steps, the console file, TensorBoard, published numbers."""
 
 import hashlib
+import io
 import json
 import logging
 import re
@@ -154,6 +155,20 @@ def test_the_console_file_has_the_screens_lines_and_ends_with_the_run(tiny_run, 
     assert re.search(r"epoch 1 \[3/3\] eta 0:00:00, run 0:00:0\d  loss_ita", text)
     second = re.search(r"val_r_mean [\d.]+; the best is still [\d.]+ of epoch 0", text)
     assert second or re.search(r"new best: val_r_mean [\d.]+ \(before [\d.]+\)", text)
+
+
+def test_a_terminal_gets_a_live_line_and_a_file_does_not(tiny_run, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    bar = re.compile(r"epoch 1: +\d+%.*/3 \[")
+    for screen in (Terminal(), io.StringIO()):
+        monkeypatch.setattr("sys.stderr", screen)
+        assert run(tiny_run, "--set", "eval_before=false") == 0
+        assert bool(bar.search(screen.getvalue())) == screen.isatty()
+        assert not bar.search((tiny_run / "out" / "console.log").read_text())
+        (tiny_run / "out").rename(tiny_run / f"out {screen.isatty()}")
 
 
 def test_an_error_is_the_last_line_of_the_console_file(tiny_run, monkeypatch):

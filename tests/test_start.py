@@ -68,7 +68,8 @@ def test_the_launcher_lets_rank_0_speak(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"]
     command = [*launcher, "train_retrieval.py", "--config", str(tmp_path / "config.yaml")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode and done.stderr.count("did you mean 'queue_size'") == 1, done.stderr
+    assert done.returncode and done.stderr.count("error: ") == 1, done.stderr
+    assert done.stderr.count("did you mean 'queue_size'") == 2, done.stderr  # by rank 0, and in the launcher's box
 
 
 def test_the_names_are_those_that_a_run_imports():

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from checkpoints.load import load_pretrained
 from checkpoints.runs import BEST, RunState, find_runs, resume, save_checkpoint, save_run
@@ -48,7 +49,7 @@ log = logging.getLogger("blip")
 
 def train(model: BLIP_Retrieval, job: Job) -> None:
     """Train, validate and test; Stopped with the words for the user when a stop signal came."""
-    with StopSignal() as stop, Journal(job, model.temp.device) as journal:
+    with StopSignal() as stop, Journal(job, model.temp.device) as journal, logging_redirect_tqdm():
         log_head(model, job.cfg)
         run = TrainingRun(model, job, stop, journal)
         try:
@@ -113,8 +114,9 @@ class TrainingRun:
         monitor = EpochMonitor(*sizes, state, device, self.warnings, self.clock, self.journal)
         lr = set_lr(self.optimizer, cfg, state.epoch, state.epoch * self.steps + self.steps - 1)
         if state.step < self.steps:
-            lr = self.train_steps(monitor)
-            monitor.save(state)
+            with monitor.bar:
+                lr = self.train_steps(monitor)
+                monitor.save(state)
             self.save()
         means = monitor.means(cfg.on_bad_image == "skip")
         self.train_stats = {f"train_{k}": v for k, v in means.items()} | {"train_lr": lr}

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from checkpoints.runs import RunState
 from configs.schema import TEMP_RANGE
@@ -141,6 +142,8 @@ class EpochMonitor:
         self._pending: _Step | None = None
         self.start = self.last = time.monotonic()
         self._row = self.first, self.start  # the last one of steps.jsonl: its step, and when
+        nowhere = None if is_main() else True  # None: only where the screen is no file
+        self.bar = tqdm(total=steps, initial=self.first, desc=self.name, unit="step", leave=False, disable=nowhere)
 
     def update(
         self, report: StepReport, grad_norm: Tensor, temp: Tensor, lr: float, batch: TrainBatch, stop: bool
@@ -188,6 +191,7 @@ class EpochMonitor:
         self.warnings.step(where, numbers["loss_itm"], temp)
         self._write(step, numbers, temp, lr)
         self._print(step, numbers, temp, lr)
+        self.bar.update()
         if forecast := self.clock.forecast(self.epoch, step, step - self.first):
             log.info("%s", forecast)
 
