@@ -95,8 +95,9 @@ def _rounded(key: str, value: float) -> float:
 def log_head(model: BLIP_Retrieval, cfg: RetrievalConfig) -> None:
     """Say what runs, where, and how large the model is."""
     device, processes = model.temp.device, get_world_size()
+    threads = torch.get_num_threads()
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {_version('transformers')}"
-    count = f"{processes} process{'es' * (processes > 1)}, {torch.get_num_threads()} CPU threads each"
+    count = f"{processes} process{'es' * (processes > 1)}, {threads} CPU thread{'s' * (threads > 1)} each"
     sizes = {name: p.numel() / 1e6 for name, p in model.named_parameters()}
     online = sum(size for name, size in sizes.items() if not name.startswith(TWINS))
     log.info("%s: %s", datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %z"), shlex.join(sys.argv))
