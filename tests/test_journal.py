@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import re
+import time
 from dataclasses import replace
 
 import pytest
@@ -231,6 +232,7 @@ def test_tensorboard_gets_the_same_numbers_once(tiny_run):
     config = tiny_run / "config.yaml"
     config.write_text(config.read_text() + "log_every: 1\ntensorboard: true\n")
     assert sabotaged(tiny_run, "SIGKILL", STEPS_PER_EPOCH + 2).returncode == -9
+    time.sleep(1)  # files of events are ordered by the second in their names
     assert run(tiny_run, "--resume", "auto") == 0
     events = accumulator.EventAccumulator(str(tiny_run / "out" / "tensorboard")).Reload()
     rows = lines(tiny_run / "out" / "steps.jsonl")
