@@ -30,6 +30,9 @@ def test_the_order_of_what_is_loaded(tiny_run, capsys, tmp_path):
         err = said(capsys)
         assert f"weights: {source} ({why})" in err and err.count(why) == 2  # at the head and under the tables
     best.unlink()
+    assert run(tiny_run, "--evaluate") == 2  # the run was stopped before its first validation
+    save = tiny_run / "out" / "checkpoint_e001_s000000.pth"
+    assert f"--checkpoint {save} evaluates its last save" in said(capsys)
     for key, why in (("finetuned", "the config's `finetuned`"), ("pretrained", "the config's `pretrained`")):
         assert run(tiny_run, "--evaluate", "--set", f"{key}={other}") == 0
         assert f"weights: {other} ({why}" in said(capsys)

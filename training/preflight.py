@@ -12,7 +12,7 @@ import torch
 
 from checkpoints.download import RELEASED, cache_folder
 from checkpoints.load import fit, load_pretrained, open_weights
-from checkpoints.runs import BEST
+from checkpoints.runs import BEST, find_runs
 from configs.datasets import SPLITS
 from configs.schema import RetrievalConfig
 from data.annotations import Annotations, available_splits, load_annotations
@@ -83,6 +83,12 @@ def weights_to_evaluate(cfg: RetrievalConfig, args: argparse.Namespace) -> tuple
     for source, why in choices:
         if source:
             return source, why
+    saves = find_runs(args.output_dir)
+    if saves:
+        raise ValueError(
+            f"{args.output_dir}: no epoch of this run has been validated yet, so it has no {BEST}. --checkpoint {saves[0]} "
+            "evaluates its last save."
+        )
     raise ValueError(
         f"nothing to evaluate: {best} does not exist, and the config names neither `finetuned` nor `pretrained`. Give "
         "--checkpoint PATH, name the run's folder as --output_dir, or say --random_weights."
