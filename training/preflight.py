@@ -86,8 +86,8 @@ def weights_to_evaluate(cfg: RetrievalConfig, args: argparse.Namespace) -> tuple
     saves = find_runs(args.output_dir)
     if saves:
         raise ValueError(
-            f"{args.output_dir}: no epoch of this run has been validated yet, so it has no {BEST}. --checkpoint {saves[0]} "
-            "evaluates its last save."
+            f"{args.output_dir}: no epoch of this run has been validated yet, so it has no {BEST}. "
+            f"--checkpoint {saves[0]} evaluates its last save."
         )
     raise ValueError(
         f"nothing to evaluate: {best} does not exist, and the config names neither `finetuned` nor `pretrained`. Give "
