@@ -18,7 +18,8 @@ from configs.datasets import DATASETS
 from configs.sizes import VIT_SIZES
 
 TEMP_RANGE = (0.001, 0.5)  # no knob: BLIP clamps the learned temperature to this before every step
-BAD_IMAGE = ("error", "skip")
+BAD_SAMPLE = ("error", "skip")
+RENAMED = {"on_bad_image": "on_bad_sample"}  # keys of before, which still work
 PRECISIONS = ("fp32", "tf32", "bf16")
 KIND_NAMES = {
     str: "text (put quotes around it)",
@@ -26,6 +27,7 @@ KIND_NAMES = {
     float: "a number",
     bool: "true or false",
     int | str: "'auto' or a whole number",
+    str | list: "a file or a list of files",
 }
 
 
@@ -44,12 +46,15 @@ class RetrievalConfig:
     dataset: str = knob(MISSING, "what to train and evaluate on", choices=DATASETS)
     image_root: str = knob("", "folder or .zip that the annotations' image paths are relative to")
     ann_root: str = knob("annotation", "folder of the annotation files")
-    train_file: str = knob("", "custom only: training annotations, relative to ann_root unless absolute")
-    val_file: str = knob("", "custom only: validation annotations, evaluated after each epoch")
-    test_file: str = knob("", "custom only: test annotations, evaluated at the end and by --evaluate")
+    train_file: str | list = knob("", "custom only: training annotations under ann_root; a list = one set of several")
+    val_file: str | list = knob("", "custom only: validation annotations, evaluated after each epoch")
+    test_file: str | list = knob("", "custom only: test annotations, evaluated at the end and by --evaluate")
     augment: bool = knob(True, "true: BLIP's random crop, flip and RandAugment; false: train on the test transform")
     num_workers: int = knob(4, "loader processes per training process; 0: it loads the data itself", 0)
-    on_bad_image: str = knob("error", "an unreadable training image stops the run, or is skipped", choices=BAD_IMAGE)
+    on_bad_sample: str = knob(
+        "error", "an unreadable training image, or a caption without words, stops the run or is skipped",
+        choices=BAD_SAMPLE,
+    )  # fmt: skip
 
     # --- model
     pretrained: str = knob("", "checkpoint that training starts from, a path or an address; '' = random weights")
@@ -119,8 +124,8 @@ def _typed(key: str, value: Any, kind: Any, default: Any) -> Any:
 
     A number may be null only if its default is; `resolve` fills it in.
     """
-    if value is None and (kind is str or default is None):
-        return "" if kind is str else None
+    if value is None and (default == "" or default is None):
+        return default
     if kind is str and isinstance(value, os.PathLike):
         return os.fspath(value)
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
@@ -128,6 +133,10 @@ def _typed(key: str, value: Any, kind: Any, default: Any) -> Any:
             return float(value)  # YAML 1.1 readers and quotes make `1e-5` a text
         except (ValueError, OverflowError):
             pass
+    if kind == str | list and isinstance(value, list):
+        if not value or not all(isinstance(name, str) and name for name in value):
+            raise ValueError(f"{key} must be a file or a list of files, got {value!r}")
+        return list(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{key} must be {KIND_NAMES[kind]}{' or null' if default is None else ''}, got {value!r}")
     return value
@@ -230,6 +239,11 @@ def load_config(
     values = _read_yaml(path)
     changes = _read_overrides(overrides)
     for where, keys in ((str(path), values), ("--set", changes)):
+        for old, new in RENAMED.items():
+            if old in keys and new in keys:
+                raise ValueError(f"{where}: {old} is the former name of {new}: keep one of the two")
+            if old in keys:
+                keys[new] = keys.pop(old)
         _check_keys(where, keys)
     values |= changes
     where = str(path) + (" with" if changes else "") + "".join(f" --set {key}={val}" for key, val in changes.items())

@@ -6,7 +6,8 @@ equal. N images, M captions.
 """
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from checkpoints.download import fetch_to
 from configs.datasets import ANNOTATIONS_URL, DATASETS, SPLITS
 from configs.schema import RetrievalConfig
-from data.rows import Row, read_rows
+from data.rows import Row, RowFile, read_rows
 from data.scenes import ensure_scenes
 from transform.text import MAX_WORDS, clean_caption
 from utils import find_path
@@ -23,24 +24,43 @@ logger = logging.getLogger(__name__)
 
 SPLIT_SEED = 0  # not the run's seed: a run and its later evaluation must agree on the test set
 SPLIT_SHARE, SPLIT_LEAST, SPLIT_MOST = 0.1, 2, 5000  # image ids of a custom train_file that make up a missing split
+NO_IMAGE = -1  # in caption_image and caption_ids: a caption that no picture belongs to
 
 
 @dataclass(frozen=True, eq=False)
 class Annotations:
-    """The images and captions of one split."""
+    """The images and captions of one split.
+
+    In val and test there may be distractors, candidates that no query asks for: images without captions, and captions
+    without an image.
+    """
 
     name: str
-    file: Path
+    files: list[Path]
     images: list[str]  # unique paths relative to image_root, N
     image_ids: np.ndarray  # (N,) int64, numbered in order of first appearance, as BLIP does
-    captions: list[str]  # cleaned, in the order of the file, M
-    caption_image: np.ndarray  # (M,) int64, index into images
+    captions: list[str]  # cleaned, in the order of the files, M
+    caption_image: np.ndarray  # (M,) int64, index into images, or NO_IMAGE
     cut: int = 0  # captions that lost the words after the first MAX_WORDS
+    notes: list[str] = field(default_factory=list)  # how the files were read, what was left out
+    id_names: list[str] = field(default_factory=list)  # the files' own image_id of each image, '' without one, N
 
     @property
     def caption_ids(self) -> np.ndarray:
-        """(M,) int64: the id of each caption's image."""
-        return self.image_ids[self.caption_image]
+        """(M,) int64: the id of each caption's image, or NO_IMAGE."""
+        if not self.images:
+            return np.full(len(self.captions), NO_IMAGE)
+        return np.where(self.caption_image == NO_IMAGE, NO_IMAGE, self.image_ids[self.caption_image])
+
+    @property
+    def source(self) -> str:
+        """The files, for a message."""
+        return " + ".join(map(str, self.files))
+
+    @property
+    def distractors(self) -> tuple[int, int]:
+        """How many images have no caption of their id, and how many captions no image."""
+        return int((~np.isin(self.image_ids, self.caption_ids)).sum()), int((self.caption_image == NO_IMAGE).sum())
 
 
 def load_annotations(cfg: RetrievalConfig, split: str) -> Annotations:
@@ -51,15 +71,17 @@ def load_annotations(cfg: RetrievalConfig, split: str) -> Annotations:
     assert split in SPLITS, split
     name, info = f"{cfg.dataset} {split}", DATASETS[cfg.dataset]
     if not info.files:
-        file, rows = _custom_rows(cfg, split)
-        return build_annotations(name, file, rows)
-    root = find_path(cfg.ann_root)
-    if info.drawn:
-        ensure_scenes(root)
-    file = root / info.files.format(split)
-    if info.online and not file.exists():
-        _download(file, info.karpathy)
-    return build_annotations(name, file, read_rows(file))
+        rows, notes = _custom_rows(cfg, split)
+    else:
+        root = find_path(cfg.ann_root)
+        if info.drawn:
+            ensure_scenes(root)
+        file = root / info.files.format(split)
+        if info.online and not file.exists():
+            _download(file, info.karpathy)
+        rows, notes = read_rows(file)
+        _require_split(file, rows, split)
+    return build_annotations(name, rows, notes, split != "train", cfg.on_bad_sample == "skip")
 
 
 def available_splits(cfg: RetrievalConfig) -> list[str]:
@@ -69,67 +91,174 @@ def available_splits(cfg: RetrievalConfig) -> list[str]:
     return [split for split in SPLITS if getattr(cfg, f"{split}_file")]
 
 
-def build_annotations(name: str, file: Path, rows: list[Row]) -> Annotations:
-    """Rows to a table: rows of one image path become one image, rows of one image_id share their id."""
+def build_annotations(
+    name: str, rows: list[Row], notes: Sequence[str] = (), distractors: bool = False, skip: bool = False
+) -> Annotations:
+    """Rows to a table: rows of one image path become one image, rows of one image_id share their id.
+
+    `distractors`: images without captions, and captions without an image, are candidates; else they are rows without
+    words, or without an image. `skip` leaves out rows without words, or an image, and counts them; else they are an
+    error.
+    """
     images: dict[str, int] = {}
     first_row: list[Row] = []
-    numbers: dict[tuple, int] = {}
+    groups, numbers = _joined_groups(rows), dict[tuple, int]()
+    stated: dict[tuple[Path, str], Row] = {}
     image_ids, captions, caption_image, cut = [], [], [], 0
+    left_out: list[str] = []
     for row in rows:
-        index = images.setdefault(row.image, len(images))
+        texts, empty = _clean(row)
+        wrong = "the row has no caption" if not row.captions else "the row has no image"
+        if empty:
+            wrong = f"the caption {empty[0][:80]!r} (key 'caption') is empty after cleaning: give it words or remove it"
+        if empty or not (distractors or (row.captions and row.image)):
+            if not skip:
+                remedy = "" if empty else ": give it one, remove it, or set on_bad_sample to skip"
+                raise ValueError(f"{row.file}, row {row.number}: {wrong}{remedy}")
+            left_out += [f"row {row.number}"] * (len(empty) or 1)
+            if not distractors and not (row.image and texts):
+                continue
+        before = stated.setdefault((row.file, row.image), row)
+        if row.image and before.group != row.group:
+            raise ValueError(
+                f"{row.file}, row {row.number}: image {row.image} has image_id {row.image_id!r} here and "
+                f"{before.image_id!r} in row {before.number}: give an image one image_id"
+            )
+        index = images.setdefault(row.image, len(images)) if row.image else NO_IMAGE
         if index == len(first_row):
             first_row.append(row)
-            image_ids.append(numbers.setdefault(row.group, len(numbers)))
-        elif first_row[index].group != row.group:
-            raise ValueError(
-                f"{file}, row {row.number}: image {row.image} has image_id {row.image_id!r} here and "
-                f"{first_row[index].image_id!r} in row {first_row[index].number}: give an image one image_id"
-            )
-        for caption in row.captions:
-            cleaned = clean_caption(caption)
-            if not cleaned.strip():
-                raise ValueError(
-                    f"{file}, row {row.number}: the caption {caption[:80]!r} (key 'caption') is empty after cleaning: "
-                    "give it words or remove it"
-                )
-            cut += cleaned.count(" ") == MAX_WORDS - 1 and cleaned != clean_caption(caption, MAX_WORDS + 1)
-            captions.append(cleaned)
+            image_ids.append(numbers.setdefault(groups.get(row.group, row.group), len(numbers)))
+        for text, is_cut in texts:
+            cut += is_cut
+            captions.append(text)
             caption_image.append(index)
-    ids, indices = np.array(image_ids, np.int64), np.array(caption_image, np.int64)
-    return Annotations(name, file, list(images), ids, captions, indices, cut)
+    notes = list(notes)
+    if left_out:
+        notes.append(
+            f"{name}: {len(left_out)} captions without words, or without an image, are left out, the first in "
+            f"{left_out[0]} (on_bad_sample skip)"
+        )
+    table = Annotations(
+        name, list(dict.fromkeys(row.file for row in rows)), list(images), np.array(image_ids, np.int64), captions,
+        np.array(caption_image, np.int64), cut, notes, [row.image_id or "" for row in first_row],
+    )  # fmt: skip
+    if not table.images or not captions or not (table.caption_image != NO_IMAGE).any():
+        raise ValueError(f"{table.source}: no image has a caption, so there is nothing to find")
+    if any(table.distractors):
+        notes.append(
+            "{}: {} images without captions and {} captions without an image are distractors: candidates, but no "
+            "queries".format(name, *table.distractors)
+        )
+    return table
+
+
+def _clean(row: Row) -> tuple[list[tuple[str, bool]], list[str]]:
+    """A row's cleaned captions, each with whether words were cut, and its captions without words."""
+    texts, empty = [], []
+    for caption in row.captions:
+        cleaned = clean_caption(caption)
+        if not cleaned.strip():
+            empty.append(caption)
+            continue
+        is_cut = cleaned.count(" ") == MAX_WORDS - 1 and cleaned != clean_caption(caption, MAX_WORDS + 1)
+        texts.append((cleaned, is_cut))
+    return texts, empty
+
+
+def _joined_groups(rows: list[Row]) -> dict[tuple, tuple]:
+    """Where several files give an image different ids: each of its groups to the one that stands for all of them."""
+    parent: dict[tuple, tuple] = {}
+    if len({row.file for row in rows}) < 2:
+        return parent
+
+    def top(group: tuple) -> tuple:
+        while group in parent:
+            group = parent[group]
+        return group
+
+    first: dict[str, Row] = {}
+    for row in rows:
+        other = first.setdefault(row.image, row)
+        if row.image and other.file != row.file and top(other.group) != top(row.group):
+            parent[top(row.group)] = top(other.group)
+    return {group: top(group) for group in parent}
 
 
 # ---------------------------------------------------------------- custom data sets
 
 
-def _custom_rows(cfg: RetrievalConfig, split: str) -> tuple[Path, list[Row]]:
-    """File and rows of one split of the user's own files; a split without a file is cut off the training file."""
+def _custom_rows(cfg: RetrievalConfig, split: str) -> RowFile:
+    """The rows of one split of the user's own files.
+
+    A split without a file is what the training files call so or, if they name no splits, cut off them.
+    """
     names = {which: getattr(cfg, f"{which}_file") for which in SPLITS}
-    absent = [which for which in ("test", "val") if not names[which]]
     source = split if names[split] else "train"
     if not names[source]:
         either = "no train_file" if split == "train" else f"neither a {split}_file nor a train_file to split"
         raise ValueError(f"dataset is {cfg.dataset}, but there is {either}: set one in the config")
-    file = find_path(find_path(cfg.ann_root) / names[source])
-    rows = read_rows(file)
-    if source != "train" or not absent:
-        return file, rows
-    parts = split_rows(file, rows, absent)
+    found = _read_set(cfg, names[source])
+    where, inside = _sources(found.rows), {row.split for row in found.rows}
+    for which in sorted(which for which in inside if which and which != split):
+        if split == source == "train" and names[which] and names[which] != names["train"]:
+            raise ValueError(
+                f"{where} has rows of the split {which}, but there is a {which}_file as well: remove one of the two"
+            )
+    absent = [which for which in ("test", "val") if not names[which] and which not in inside]
+    if inside != {None}:
+        rows = [row for row in found.rows if row.split == split]
+        if rows and not (split == "train" and absent):
+            return RowFile(rows, found.notes)
+        if source == split and not rows:
+            raise _no_rows(where, inside, split)
+        found = RowFile([row for row in found.rows if row.split == "train"], found.notes)
+    elif source != "train" or not absent:
+        return found
+    parts = split_rows(found.rows, absent)
     if split == absent[0]:  # said once, though each split is loaded by itself
         sizes = ", ".join(f"{len({row.group for row in part})} {which}" for which, part in parts.items())
         lacking = " or ".join(absent)
-        logger.info("%s: split by image with seed %d, as there is no file for %s: %s", file, SPLIT_SEED, lacking, sizes)
-    return file, parts[split]
+        logger.info(
+            "%s: split by image with seed %d, as there is no file for %s: %s", where, SPLIT_SEED, lacking, sizes
+        )
+    return RowFile(parts[split], found.notes)
 
 
-def split_rows(file: Path, rows: list[Row], absent: list[str]) -> dict[str, list[Row]]:
+def _read_set(cfg: RetrievalConfig, names: str | list[str]) -> RowFile:
+    """The rows of one file, or of several that are one set."""
+    rows: list[Row] = []
+    notes: list[str] = []
+    for name in [names] if isinstance(names, str) else names:
+        found = read_rows(find_path(find_path(cfg.ann_root) / name), find_path(cfg.image_root))
+        rows += found.rows
+        notes += found.notes
+    return RowFile(rows, notes)
+
+
+def _sources(rows: list[Row]) -> str:
+    return " + ".join(map(str, dict.fromkeys(row.file for row in rows)))
+
+
+def _require_split(file: Path, rows: list[Row], split: str) -> None:
+    inside = {row.split for row in rows}
+    if not inside <= {None, split}:
+        raise _no_rows(str(file), inside, split)
+
+
+def _no_rows(where: str, inside: set[str | None], split: str) -> ValueError:
+    others = " and ".join(sorted(str(which) for which in inside - {split}))
+    return ValueError(f"{where} is read for the split {split}, but its rows say {others}: name the right file")
+
+
+def split_rows(rows: list[Row], absent: list[str]) -> dict[str, list[Row]]:
     """Rows of `train` and of each split in `absent`, cut by image id at random, so that no image is in two."""
-    groups = list(dict.fromkeys(row.group for row in rows))
+    where, joined = _sources(rows), _joined_groups(rows)
+    groups = list(dict.fromkeys(joined.get(row.group, row.group) for row in rows))
     size = min(SPLIT_MOST, max(SPLIT_LEAST, round(SPLIT_SHARE * len(groups))))
     if len(groups) < (len(absent) + 1) * SPLIT_LEAST:
         keys = " and ".join(f"{which}_file" for which in absent)
         raise ValueError(
-            f"{file} has {len(groups)} different images, too few to split {' and '.join(absent)} off: "
+            f"{where} has {len(groups)} different images, too few to split {' and '.join(absent)} off: "
             f"set {keys} in the config, or add images"
         )
     shuffled = [groups[i] for i in np.random.default_rng(SPLIT_SEED).permutation(len(groups))]
@@ -138,7 +267,7 @@ def split_rows(file: Path, rows: list[Row], absent: list[str]) -> dict[str, list
         split_of |= dict.fromkeys(shuffled[number * size : (number + 1) * size], which)
     parts: dict[str, list[Row]] = {"train": [], **{which: [] for which in absent}}
     for row in rows:
-        parts[split_of[row.group]].append(row)
+        parts[split_of[joined.get(row.group, row.group)]].append(row)
     return parts
 
 

@@ -81,6 +81,7 @@ class Findings:
 def check_data(cfg: RetrievalConfig, splits: dict[str, Annotations], full: bool = False) -> Findings:
     """Counts, captions, ids, images and what the splits share; `full`: all images and captions, not a sample."""
     found, info = Findings(), DATASETS[cfg.dataset]
+    found.facts += dict.fromkeys(note for table in splits.values() for note in table.notes)
     for split, table in splits.items():
         found.add(check_counts(table, info.counts.get(split), full))
         found.add(check_captions(table, len(table.captions) if full else QUICK_CAPTIONS))
@@ -96,7 +97,7 @@ def check_data(cfg: RetrievalConfig, splits: dict[str, Annotations], full: bool 
         found.errors.append(f"{error}. Its folders: {folders}" if folders else str(error))
     else:
         for split, table in splits.items():
-            skip = cfg.on_bad_image == "skip" and split == "train"
+            skip = cfg.on_bad_sample == "skip" and split == "train"
             images, prints[split] = check_images(store, table, info.sources, full, skip)
             found.add(images)
     for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
@@ -110,11 +111,11 @@ def check_counts(table: Annotations, published: tuple[int, int] | None, full: bo
     images, captions, ids = len(table.images), len(table.captions), len(np.unique(table.image_ids))
     line = f"{table.name}: {images} images, {captions} captions"
     if (images, captions) == published:
-        return Findings(facts=[f"{line}, as published ({table.file})"])
-    found = Findings(facts=[f"{line}, {ids} ids ({table.file})"])
+        return Findings(facts=[f"{line}, as published ({table.source})"])
+    found = Findings(facts=[f"{line}, {ids} ids ({table.source})"])
     if published:
         (found.errors if full else found.warnings).append(
-            f"{table.file}: {images:,} images and {captions:,} captions, not the published {published[0]:,} and "
+            f"{table.source}: {images:,} images and {captions:,} captions, not the published {published[0]:,} and "
             f"{published[1]:,}: Recall cannot be compared. Delete it, the next run downloads it again"
         )
     return found
@@ -155,6 +156,14 @@ def id_warnings(table: Annotations, split: str) -> list[str]:
     twice = count - len(set(zip(table.caption_image.tolist(), table.captions, strict=True)))
     if twice > RARE * count:
         warnings.append(f"{table.name}: {twice} of {count} captions repeat a caption of the same image: remove them")
+    owners = Counter(caption for caption, _ in {*zip(table.captions, table.caption_ids.tolist(), strict=True)})
+    shared = sum(owners[caption] > 1 for caption in table.captions)
+    if shared > 5 * RARE * count:
+        harm = "training takes right pairs for wrong ones" if split == "train" else "no ranking finds all"
+        warnings.append(
+            f"{table.name}: {shared} of {count} captions belong to images of different image_id, so "
+            f"{harm}: give one image_id to images that a caption fits equally well"
+        )
     if split == "train":
         largest = np.bincount(table.caption_ids).argmax()
         share = float(np.mean(table.caption_ids == largest))
@@ -164,14 +173,6 @@ def id_warnings(table: Annotations, split: str) -> list[str]:
                 f"{table.name}: {100 * share:.0f} % of the captions have the image_id of {first}, so batches hold few "
                 "negatives: give an image_id only to images that show the same thing"
             )
-        return warnings
-    owners = Counter(caption for caption, _ in {*zip(table.captions, table.caption_ids.tolist(), strict=True)})
-    shared = sum(owners[caption] > 1 for caption in table.captions)
-    if shared > 5 * RARE * count:
-        warnings.append(
-            f"{table.name}: {shared} of {count} captions belong to images of different image_id, so no ranking finds "
-            "all: give one image_id to images that a caption fits equally well"
-        )
     return warnings
 
 
@@ -196,7 +197,7 @@ def check_images(
     if bad:
         line = unreadable(table.name, bad, len(looks), "images" if whole else "images looked at (--check looks at all)")
         if skip and len(bad) < len(table.images):
-            found.warnings.append(f"{line}; on_bad_image skip leaves them out of training")
+            found.warnings.append(f"{line}; on_bad_sample skip leaves them out of training")
         else:
             found.errors.append(line)
     if full:
@@ -261,6 +262,9 @@ def overlap(one: Annotations, other: Annotations, prints: dict[str, str], other_
                 f"{other.name}: {len(names)} of {len(other.images)} images {how} {one.name} (the first: {names[0]}), "
                 "so its Recall is too good: remove them from one of the two"
             )
+    ids = set(one.id_names) - {""}
+    if both := len({name for name in other.id_names if name in ids}):
+        found.facts.append(f"{other.name}: {both} image_ids are also in {one.name}")
     captions = set(one.captions)
     shared = sum(caption in captions for caption in other.captions)
     line = f"{other.name}: {shared} of {len(other.captions)} captions are word for word also in {one.name}"

@@ -142,7 +142,7 @@ def train_loader(
 ) -> DataLoader:
     """`TrainBatch` after `TrainBatch` in the sampler's order, one for each optimizer step."""
     transform = train_transform(cfg.image_size) if cfg.augment else eval_transform(cfg.image_size)
-    skip = cfg.on_bad_image == "skip"
+    skip = cfg.on_bad_sample == "skip"
     return Loader(
         RetrievalTrain(annotations, open_store(cfg), transform, sampler.seed, skip),
         batch_sampler=sampler,

@@ -27,7 +27,7 @@ class TrainBatch(NamedTuple):
     text: TokenizedText  # (b, L)
     idx: Tensor  # (b,) int64, equal for samples that are right answers to each other
     names: list[str]  # image paths, to name the culprits when a loss is not finite
-    skipped: int = 0  # samples that stand in for one with an unreadable image (`on_bad_image: skip`)
+    skipped: int = 0  # samples that stand in for one with an unreadable image (`on_bad_sample: skip`)
 
 
 class TrainSample(NamedTuple):

@@ -1,96 +1,80 @@
-"""Annotation files to checked rows: a JSON list, JSON Lines or CSV, with the keys image, caption and maybe image_id.
+"""Annotation files to checked rows: image, captions, and perhaps image_id and split.
 
 Every message names the file, the row (counted from 1; in JSON Lines it is the line) and the key.
 """
 
-import csv
-import io
 import json
+import posixpath
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data.dialects import METADATA, read_dialect, read_folder, read_text
+from data.keys import did_you_mean
+
+SPLIT_NAMES = {  # what files call a split, in lower case
+    "train": "train", "training": "train", "restval": "train",
+    "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+
 
 class Row(NamedTuple):
-    """One checked row: `number` counts from 1 (the line in JSON Lines; a CSV header does not count)."""
+    """One checked row: `number` counts from 1 (the line in JSON Lines; a table's header does not count)."""
 
+    file: Path
     number: int
-    image: str
-    captions: list[str]
-    image_id: str | None
+    image: str  # path below image_root, spelt as `same_file` does; '' = captions without a picture
+    captions: list[str]  # none: a picture without captions
+    image_id: str | None = None
+    split: str | None = None  # train, val or test
 
     @property
-    def group(self) -> tuple[str | None, str]:
-        """What makes images one: the image_id or, without one, the path."""
-        return (None, self.image) if self.image_id is None else ("id", self.image_id)
+    def group(self) -> tuple:
+        """What makes images one: the image_id within its file or, without one, the path."""
+        if self.image_id is not None:
+            return "id", self.file, self.image_id
+        return ("path", self.image) if self.image else ("row", self.file, self.number)
 
 
-def read_rows(file: Path) -> list[Row]:
-    """The rows of a JSON list, JSON Lines or CSV file, checked; ValueError names file, row and key."""
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ValueError(
-            f"annotation file {file} cannot be read ({error.strerror}): set ann_root, or the file's key, in the config "
-            "(relative paths are looked up from the working directory, then from the repository)"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from None
-    rows = [_check_row(file, number, row) for number, row in _parse(file, text)]
+class RowFile(NamedTuple):
+    """The rows of one annotation file, and what the user should know about how it was read."""
+
+    rows: list[Row]
+    notes: list[str]
+
+
+def same_file(path: str) -> str:
+    """One spelling for all spellings of a path: './a.png', 'x//a.png', backslashes, Unicode's composed form."""
+    return unicodedata.normalize("NFC", posixpath.normpath(path.replace("\\", "/")))
+
+
+def read_rows(file: Path, image_root: Path = Path()) -> RowFile:
+    """The checked rows of a file or folder in any known dialect; ValueError names file, row and key.
+
+    `image_root`: what paths found in a folder are relative to.
+    """
+    inside = [file / name for name in METADATA if (file / name).is_file()]
+    if inside:
+        file = inside[0]
+    found = read_folder(file, image_root) if file.is_dir() else read_dialect(file, read_text(file))
+    rows = [_check_row(file, number, row) for number, row in found.rows]
     if not rows:
         raise ValueError(f"{file} has no rows: it needs at least one, with the keys image and caption")
-    return rows
+    without = next((row for row in rows if row.split is None), None)
+    if without and any(row.split for row in rows):
+        raise ValueError(f"{file}, row {without.number} has no 'split', other rows have one: give every row its split")
+    return RowFile(rows, found.notes)
 
 
-def _parse(file: Path, text: str) -> Iterator[tuple[int, Any]]:
-    """Numbered rows, unchecked, of whichever of the three formats the text is in."""
-    start, header = text.lstrip()[:1], text.lstrip().partition("\n")[0]
-    if file.suffix.lower() == ".csv" or (start not in "[{<" and {"image", "caption"} <= set(header.strip().split(","))):
-        yield from _parse_csv(file, text)
-    elif start == "<":
-        raise ValueError(f"{file} is an HTML page, not annotations: a download got a web page instead; fetch it again")
-    elif start == "[":
-        yield from enumerate(_json(file, text, ""), 1)
-    elif start == "{":
-        lines = text.split("\n") if header.rstrip().endswith("}") else [text]
-        numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-        for number, line in numbered:
-            row = _json(file, line, f", row {number}" if len(numbered) > 1 else "")
-            if len(numbered) == 1 and "image" not in row:
-                keys = ", ".join(list(row)[:5]) or "empty"
-                raise ValueError(f"{file} is one object ({keys}), not a list of rows with the keys image and caption")
-            yield number, row
-    elif start:
-        raise ValueError(f"{file} is neither a JSON list, nor JSON Lines, nor CSV with the columns image and caption")
-
-
-def _json(file: Path, text: str, row: str) -> Any:
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError(f"{file}{row} is nested too deeply to be annotations") from None
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}" if not row else f"column {error.colno}"
-        cut = error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated")
-        advice = "it ends too early, so fetch or write it again" if cut else "correct it there"
-        raise ValueError(f"{file}{row} is not valid JSON ({error.msg} at {where}): {advice}") from None
-
-
-def _parse_csv(file: Path, text: str) -> Iterator[tuple[int, dict]]:
-    reader, number = csv.DictReader(io.StringIO(text, newline=""), strict=True), 0
-    lacking = [key for key in ("image", "caption") if key not in (reader.fieldnames or ())]
-    if lacking and text.strip():
-        raise ValueError(f"{file} has no column {lacking[0]!r}: its first line must name the columns image and caption")
-    try:
-        for number, row in enumerate(reader, 1):
-            if None in row or None in row.values():
-                raise ValueError(
-                    f"{file}, row {number} has {'more' if None in row else 'fewer'} cells than the header names: "
-                    "put a caption with commas into double quotes"
-                )
-            yield number, {key: value for key, value in row.items() if key != "image_id" or value}
-    except csv.Error as error:
-        raise ValueError(f"{file}, row {number + 1} is not valid CSV ({error})") from None
+def row_files(path: Path) -> Iterator[Path]:
+    """The files that a file or folder of annotations consists of, in a fixed order."""
+    inside = [path / name for name in METADATA if (path / name).is_file()]
+    if not path.is_dir() or inside:
+        yield inside[0] if inside else path
+        return
+    yield from sorted(below for below in path.rglob("*.txt") if below.is_file())
 
 
 def _check_row(file: Path, number: int, row: Any) -> Row:
@@ -103,19 +87,27 @@ def _check_row(file: Path, number: int, row: Any) -> Row:
         raise wrong(f"is {_kind(row)}, not an object with the keys image and caption")
     for key in ("image", "caption"):
         if key not in row:
-            raise wrong(f"has no key {key!r}, only {', '.join(map(str, row)) or 'nothing'}")
-    image, captions, image_id = row["image"], row["caption"], row.get("image_id")
-    if not isinstance(image, str) or not image.strip():
+            raise wrong(f"has no key {key!r}{did_you_mean(key, row)}, only {', '.join(map(str, row)) or 'nothing'}")
+    image, captions, image_id, split = row["image"], row["caption"], row.get("image_id"), row.get("split")
+    if image is not None and (not isinstance(image, str) or not image.strip()):
         raise wrong(f"needs under 'image' a path relative to image_root, not {_kind(image)}")
-    if image[0] in "/\\~" or image[1:2] == ":" or ".." in image.replace("\\", "/").split("/") or "\0" in image:
+    if image and (image[0] in "/\\~" or image[1:2] == ":" or ".." in image.replace("\\", "/").split("/")):
         raise wrong(f"needs under 'image' a path inside image_root, not absolute and without '..', not {image[:80]!r}")
-    if isinstance(captions, str):
-        captions = [captions]
-    if not isinstance(captions, list) or not captions or not all(isinstance(caption, str) for caption in captions):
+    if image and ("\0" in image or "://" in image):
+        raise wrong(f"needs under 'image' a path inside image_root, not an address: download it; not {image[:80]!r}")
+    captions = [] if captions is None else [captions] if isinstance(captions, str) else captions
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise wrong(f"needs under 'caption' a text or a list of texts, not {_kind(row['caption'])}")
+    if not image and not captions:
+        raise wrong("has neither an image nor a caption: remove it")
     if image_id is not None and (isinstance(image_id, bool) or not isinstance(image_id, int | str)):
         raise wrong(f"needs under 'image_id' a text or a whole number, not {_kind(image_id)}")
-    return Row(number, image, captions, None if image_id is None else str(image_id))
+    if split is not None and (not isinstance(split, str) or split.strip().lower() not in SPLIT_NAMES):
+        raise wrong(f"has the split {split!r}{did_you_mean(str(split), SPLIT_NAMES)}: use {', '.join(SPLIT_NAMES)}")
+    return Row(
+        file, number, same_file(image) if image else "", captions,
+        None if image_id is None else str(image_id), SPLIT_NAMES[split.strip().lower()] if split else None,
+    )  # fmt: skip
 
 
 def _kind(value: Any) -> str:

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from configs.schema import load_config
-from data.annotations import Annotations, load_annotations
+from data.annotations import NO_IMAGE, Annotations, load_annotations
 from data.images import ImageStore, open_store
 from models import load
 from models.loading import Blip
@@ -75,7 +75,7 @@ def answer(blip: Blip, store: ImageStore, split: Annotations, feat: Tensor, capt
 def draw_captions(split: Annotations, count: int, seed: int) -> list[int]:
     """`count` captions of different pictures, by chance."""
     rng = np.random.default_rng(seed)
-    pictures = rng.permutation(np.unique(split.caption_image))[:count]
+    pictures = rng.permutation(np.unique(split.caption_image[split.caption_image != NO_IMAGE]))[:count]
     return [int(rng.choice(np.flatnonzero(split.caption_image == picture))) for picture in pictures]
 
 

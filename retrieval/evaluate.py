@@ -97,7 +97,8 @@ def evaluate(
 def chance_warning(table: Annotations, split: str, stats: dict[str, float]) -> str:
     """What to say when a split's Recall is what a random order gives; '' when it is not."""
     metrics = {key.removeprefix(f"{split}_"): value for key, value in stats.items()}
-    if not within_noise(metrics, len(table.images), len(table.captions)):
+    lonely_images, lonely_captions = table.distractors
+    if not within_noise(metrics, len(table.images) - lonely_images, len(table.captions) - lonely_captions):
         return ""
     return (
         f"{table.name}: R@1 and R@10 are within noise of chance (2 sigma), nothing was learnt: check that captions "

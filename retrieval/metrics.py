@@ -1,7 +1,8 @@
 """Recall@K from shortlists, as pure numpy functions.
 
 A candidate is right when its id equals the query's: several captions of an image, and several images of one id, are all
-right answers. The place of a query's answer is the number of candidates that score better than the best right one; on a
+right answers. An item without any right answer in the gallery is a distractor: a candidate, but no query. The place of
+a query's answer is the number of candidates that score better than the best right one; on a
 tie the lower gallery index comes first. A right answer outside the shortlist is not found at any K. (BLIP sorts whole
 rows with numpy's unstable argsort, so its ties are undefined; without ties the numbers are the same.)
 
@@ -46,8 +47,8 @@ def retrieval_metrics(
     text_ids: np.ndarray,
 ) -> dict[str, float]:
     """BLIP's nine numbers: txt_* finds texts for images, img_* images for texts; r_mean is the mean of both means."""
-    txt = recall(places(i2t, i2t_score, image_ids, text_ids), "txt")
-    img = recall(places(t2i, t2i_score, text_ids, image_ids), "img")
+    txt = recall(places(i2t, i2t_score, image_ids, text_ids)[np.isin(image_ids, text_ids)], "txt")
+    img = recall(places(t2i, t2i_score, text_ids, image_ids)[np.isin(text_ids, image_ids)], "img")
     return {**txt, **img, "r_mean": (txt["txt_r_mean"] + img["img_r_mean"]) / 2}
 
 
@@ -88,9 +89,9 @@ def within_noise(metrics: dict[str, float], num_images: int, num_texts: int) -> 
 
 
 def _chance(query_ids: np.ndarray, gallery_ids: np.ndarray, prefix: str) -> dict[str, float]:
+    query_ids = query_ids[np.isin(query_ids, gallery_ids)]
     ids, counts = np.unique(gallery_ids, return_counts=True)
-    nearest = np.searchsorted(ids, query_ids).clip(max=len(ids) - 1)  # (Q,)
-    right = np.where(ids[nearest] == query_ids, counts[nearest], 0)  # (Q,) right answers of each query
+    right = counts[np.searchsorted(ids, query_ids)]  # (Q,) right answers of each query
     total = len(gallery_ids)
     values = {}
     for k in KS:

@@ -7,7 +7,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import nn
 from checkpoints.weights import TWINS, weights_sha256
 from configs.schema import RetrievalConfig
 from data.annotations import Annotations
+from data.rows import row_files
 from models.blip_retrieval import BLIP_Retrieval
 from utils import code_version, get_world_size
 
@@ -40,7 +41,7 @@ class Provenance:
 
     def __init__(self, cfg: RetrievalConfig, splits: Mapping[str, Annotations], seed: int, device: torch.device):
         self.cfg, self.splits, self.seed, self.device = cfg, splits, seed, device
-        self._hashes: dict[Path, str] = {}
+        self._hashes: dict[str, str] = {}
 
     def row(
         self, kind: str, numbers: dict[str, Any], model: nn.Module, evaluated: Iterable[str], origin: Origin
@@ -69,15 +70,24 @@ class Provenance:
 
     def _data(self, split: str) -> dict[str, Any]:
         table = self.splits[split]
-        if table.file not in self._hashes:
-            with open(table.file, "rb") as file:
-                self._hashes[table.file] = hashlib.file_digest(file, "sha256").hexdigest()
+        if table.source not in self._hashes:
+            self._hashes[table.source] = files_sha256(table.files)
         return {
-            f"{split}_file": str(table.file),
-            f"{split}_file_sha256": self._hashes[table.file],
+            f"{split}_file": table.source,
+            f"{split}_file_sha256": self._hashes[table.source],
             f"{split}_images": len(table.images),
             f"{split}_captions": len(table.captions),
         }
+
+
+def files_sha256(sources: Sequence[Path]) -> str:
+    """The SHA-256 of one annotation file; of several, or of a folder, that of their hashes, a line each."""
+    files = [file for source in sources for file in row_files(source)]
+    hashes = []
+    for path in files:
+        with open(path, "rb") as file:
+            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 def rounded(numbers: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def custom(root, **files):
 
 def load(tmp_path, rows, name="train.json"):
     file = write(tmp_path / name, rows)
-    return build_annotations("custom train", file, read_rows(file))
+    return build_annotations("custom train", *read_rows(file))
 
 
 # ---------------------------------------------------------------- the table
@@ -44,7 +44,7 @@ def test_train_ids_are_blips_running_numbers(tmp_path):
         [{"caption": f"Caption, {n}!", "image": image, "image_id": id_} for n, (image, id_) in enumerate(rows)],
     )
     table = load_annotations(RetrievalConfig(dataset="coco", ann_root=str(tmp_path)), "train")
-    assert table.name == "coco train" and table.file == tmp_path / "coco_karpathy_train.json"
+    assert table.name == "coco train" and table.files == [tmp_path / "coco_karpathy_train.json"]
     assert table.images == ["b.jpg", "a.jpg", "c.jpg", "d.jpg"]
     assert table.image_ids.tolist() == [0, 1, 2, 2]  # one image_id, two pictures
     assert table.captions == [f"caption, {n}" for n in range(6)]
@@ -99,19 +99,22 @@ BAD_FILES = {
     "bad line": ('{"image": "a.jpg", "caption": "a"}\n\nnonsense\n', "row 3 is not valid JSON"),
     "deep": ("[" * 100000, "nested too deeply|not valid JSON"),
     "HTML": ("<!DOCTYPE html>\n<html><body>Sign in</body></html>", "is an HTML page"),
-    "Karpathy's own": ('{"images": [], "dataset": "coco"}', r"one object \(images, dataset\), not a list of rows"),
+    "another object": ('{"images": [], "dataset": "coco"}', r"one object \(images, dataset\), not a list of rows"),
     "a text": ('"image"', "neither a JSON list"),
     "prose": ("version https://git-lfs.github.com/spec/v1\noid 1", "neither a JSON list"),
     "row a list": ([GOOD, ["a.jpg", "a"]], "row 2 is a list, not an object"),
     "row null": ([None], "row 1 is the value null, not an object"),
     "no image": ([GOOD, GOOD, {"caption": "a"}], "row 3 has no key 'image', only caption"),
-    "no caption": ([{"image": "a.jpg", "captions": "a"}], "row 1 has no key 'caption', only image, captions"),
+    "no caption": (
+        [{"image": "a.jpg", "captoin": "a"}],
+        "row 1 has no key 'caption', did you mean 'captoin'.* image, ",
+    ),
     "image a number": ([GOOD | {"image": 3}], "row 1 needs under 'image' a path .*not the value 3"),
     "image empty": ([GOOD | {"image": " "}], "row 1 needs under 'image' a path"),
     "caption a number": ([GOOD | {"caption": 3.5}], "row 1 needs under 'caption' a text or a list .*not the value 3.5"),
-    "caption null": ([GOOD | {"caption": None}], "row 1 needs under 'caption'.*not the value null"),
+    "caption null": ([GOOD | {"caption": None}], "row 1: the row has no caption: give it one"),
     "caption an object": ([GOOD | {"caption": {}}], "row 1 needs under 'caption'.*not an object"),
-    "no captions": ([GOOD | {"caption": []}], "row 1 needs under 'caption'.*not an empty list"),
+    "no captions": ([GOOD | {"caption": []}], "row 1: the row has no caption: give it one"),
     "caption in list": ([GOOD | {"caption": ["a", 1]}], "row 1 needs under 'caption'.*a list with the value 1 in it"),
     "caption empty": ([GOOD, GOOD | {"caption": " "}], "row 2: the caption ' ' .*'caption'.* is empty after cleaning"),
     "caption dots": ([GOOD | {"caption": ["fine", "...!"]}], "row 1: the caption '...!'"),
@@ -130,7 +133,7 @@ BAD_FILES = {
     "nul": ([GOOD | {"image": "a\0.jpg"}], "a path inside image_root"),
 }
 BAD_CSV = {
-    "no column": ("image,text\na.jpg,a\n", "has no column 'caption'"),
+    "no column": ("image,words\na.jpg,a\n", "has no column 'caption'"),
     "no header": ("a.jpg,a man\n", "has no column 'image'"),
     "comma": ("image,caption\na.jpg,a\nb.jpg,a man, a dog\n", "row 2 has more cells than the header"),
     "short": ("image,caption\na.jpg\n", "row 1 has fewer cells than the header"),
@@ -149,21 +152,28 @@ def test_bad_files_are_refused(tmp_path, name, rows, said):
     assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "data", ["[]".encode("utf-16"), '[{"image": "ä"}]'.encode("latin-1"), b"\x1f\x8b\x08\0", b"PK\x03\x04\xff"]
-)
-def test_other_encodings_are_refused(tmp_path, data):
+@pytest.mark.parametrize(("data", "said"), [
+    ("[]".encode("utf-16"), r"looks like UTF-16: .*\(iconv -f UTF-16 -t UTF-8 a.json > utf8_a.json\)"),
+    ('[{"image": "ä.png"}]'.encode("utf-16-le"), "iconv -f UTF-16 -t"),
+    ('[{"image": "Käse.png"}]'.encode("latin-1"), "If '.*Käse.png.*' reads well, .*iconv -f WINDOWS-1252 -t UTF-8"),
+    (b"\x1f\x8b\x08\0", "but binary"),
+    (b"PK\x03\x04\xff", "but binary"),
+])  # fmt: skip
+def test_other_encodings_are_refused_with_the_command_that_converts_them(tmp_path, data, said):
     (tmp_path / "a.json").write_bytes(data)
-    with pytest.raises(ValueError, match="a.json is not UTF-8 text .*save it as UTF-8"):
+    with pytest.raises(ValueError, match=f"a.json is not UTF-8 text .*{said}") as error:
         read_rows(tmp_path / "a.json")
+    assert "save it as UTF-8" in str(error.value)
 
 
 def test_a_missing_file_names_ann_root(tmp_path):
     cfg = RetrievalConfig(dataset="emoji", ann_root=str(tmp_path), image_root=str(tmp_path))
     with pytest.raises(ValueError, match="train.json cannot be read .No such file.*set ann_root"):
         load_annotations(cfg, "train")
-    with pytest.raises(ValueError, match="cannot be read .Is a directory"):
-        read_rows(tmp_path)
+    with pytest.raises(
+        ValueError, match="is a folder without annotations: it needs metadata.jsonl or metadata.csv, or"
+    ):
+        read_rows(tmp_path, tmp_path)
 
 
 # ---------------------------------------------------------------- custom: splits
@@ -199,7 +209,7 @@ def test_missing_splits_are_cut_off_by_image_and_said(tmp_path, caplog, count, s
 def test_splits_keep_an_image_id_together(tmp_path):
     rows = [{"image": f"{i}.jpg", "caption": "x", "image_id": i // 4} for i in range(80)]
     file = write(tmp_path / "train.json", rows)
-    parts = split_rows(file, read_rows(file), ["test", "val"])
+    parts = split_rows(read_rows(file).rows, ["test", "val"])
     ids = [{row.image_id for row in part} for part in parts.values()]
     assert [len(part) for part in ids] == [16, 2, 2]
     assert len(set.union(*ids)) == 20

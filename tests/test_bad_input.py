@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 import shutil
 import zipfile
 from collections import namedtuple
@@ -16,6 +17,8 @@ import train_retrieval
 from configs.schema import load_config
 from data import images
 from models.blip_retrieval import build_model
+from tests.test_annotations import BAD_CSV, BAD_FILES
+from tests.test_dialects import REFUSED
 from training import recipe
 
 
@@ -99,7 +102,7 @@ def bomb(folder: Path, patch) -> list[str]:
 def broken_train_images(folder: Path, patch) -> list[str]:
     for path in (folder / "images").glob("train_*"):
         path.write_bytes(b"broken")
-    return ["--set", "on_bad_image=skip"]
+    return ["--set", "on_bad_sample=skip"]
 
 
 def same_image_id(folder: Path, patch) -> list[str]:
@@ -236,7 +239,7 @@ BAD = {
     "one object": (train_file('{"images": []}'), ["train.json", "images"]),
     "not UTF-8": (train_file(GOOD.replace("a", "ä", 1).encode("latin-1")), ["train.json", "UTF-8"]),
     "bad line": (train_file(f"{GOOD}\n{GOOD}\nnonsense\n", "a.jsonl"), ["a.jsonl", "row 3"]),
-    "CSV without a column": (train_file("image,text\na.png,a\n", "a.csv"), ["a.csv", "'caption'"]),
+    "CSV without a column": (train_file("image,words\na.png,a\n", "a.csv"), ["a.csv", "'caption'"]),
     "CSV with a comma": (train_file("image,caption\na.png,a\nb.png,a, b\n", "a.csv"), ["a.csv", "row 2"]),
     "no image key": (row(image=None), ["train.json, row 3", "'image'"]),
     "no caption key": (row(caption=None), ["train.json, row 3", "'caption'"]),
@@ -260,7 +263,7 @@ BAD = {
     "cut image": (image(jpeg()[:900]), ["train_3.png", "truncated"]),
     "folder as image": (folder_as_image, ["train_3.png", "directory"]),
     "pixel bomb": (bomb, ["train_3.png", "too large"]),
-    "val image, skipping": (image(b"", "--set", "on_bad_image=skip", name="val_1.png"), ["custom val", "val_1.png"]),
+    "val image, skipping": (image(b"", "--set", "on_bad_sample=skip", name="val_1.png"), ["custom val", "val_1.png"]),
     "all images, skipping": (broken_train_images, ["custom train", "12 of 12"]),
     "no archive": (options("image_root={}/config.yaml"), ["image_root", "config.yaml"]),
     "archive is none": (lambda folder, patch: shutil.copy(folder / "med.json", folder / "a.zip") and
@@ -294,13 +297,22 @@ BAD = {
 }  # fmt: skip
 
 
+for number, (text, said) in enumerate(BAD_FILES.values()):
+    text = text if isinstance(text, str) else json.dumps(text)
+    BAD[f"annotations {number}"] = (train_file(text, "bad.json"), ["bad.json"], said)
+for number, (text, said) in enumerate(BAD_CSV.values()):
+    BAD[f"table {number}"] = (train_file(text, "bad.csv"), ["bad.csv"], said)
+for name, (text, said) in REFUSED.items():
+    BAD[f"dialect {name}"] = (train_file(text, name), [name], said)
+
+
 def contents(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(tiny_run, capsys, monkeypatch, name):
-    change, expected = BAD[name]
+    change, expected, *pattern = BAD[name]
     monkeypatch.chdir(tiny_run)
     args = change(tiny_run, monkeypatch)
     before = contents(tiny_run)
@@ -309,6 +321,7 @@ def test_bad_input(tiny_run, capsys, monkeypatch, name):
     assert error.startswith("error: ") and "Traceback" not in str(log)
     assert not log or "--resume" in args  # all but a save to resume is looked at before anything is said
     assert [word for word in expected if word not in error] == [], error
+    assert not pattern or re.search(pattern[0], error)
     assert len(error) < 1500
     assert contents(tiny_run) == before
 
@@ -326,4 +339,4 @@ def test_check_finds_the_same_and_writes_nothing(tiny_run, capsys, monkeypatch):
 
 
 def test_there_are_enough_of_them():
-    assert len(BAD) >= 40
+    assert len(BAD) >= 150

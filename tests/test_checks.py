@@ -37,7 +37,7 @@ def table(ids, name="custom train", captions=None) -> Annotations:
     ids = np.array(ids)
     captions = captions or [f"caption {i}" for i in range(len(ids))]
     images = [f"{i}.png" for i in range(len(ids))]
-    return Annotations(name, ROOT / "rows.json", images, ids, captions, np.arange(len(ids)))
+    return Annotations(name, [ROOT / "rows.json"], images, ids, captions, np.arange(len(ids)))
 
 
 # ---------------------------------------------------------------- --check
@@ -260,12 +260,12 @@ def test_odd_images_train_and_broken_ones_are_skipped_and_counted(tiny_run, caps
     odd_images(tiny_run)
     assert run(tiny_run) == 2
     assert "2 of 12 images are unreadable: image train_8.png" in capsys.readouterr().err
-    assert run(tiny_run, "--set", "on_bad_image=skip", f"num_workers={workers}", "max_epoch=1") == 0
+    assert run(tiny_run, "--set", "on_bad_sample=skip", f"num_workers={workers}", "max_epoch=1") == 0
     messages = capsys.readouterr().err
     *_, epoch, _ = lines(tiny_run / "out" / "log.txt")
     assert epoch["train_skipped"] == 4  # two images with two captions each
     assert "epoch 0: 4 times another image took the place of an unreadable one" in messages
-    assert "on_bad_image skip leaves them out of training" in messages
+    assert "on_bad_sample skip leaves them out of training" in messages
 
 
 def test_training_stops_at_a_broken_image_that_the_sample_missed(tiny_run, capsys, monkeypatch):

@@ -18,7 +18,7 @@ BLIP_KEYS = """image_root ann_root dataset pretrained vit batch_size_train batch
     init_lr image_size queue_size alpha k_test negative_all_rank weight_decay min_lr max_epoch""".split()
 OWN_KEYS = """finetuned med_config train_file val_file test_file patch_size pos_embed_std embed_dim momentum
     global_batch_size ranks_emulated warmup_steps temp_lr_scale augment num_workers precision eval_precision
-    rerank_tokens keep_graphs compile save_every_steps keep_last on_bad_image cache_dir
+    rerank_tokens keep_graphs compile save_every_steps keep_last on_bad_sample cache_dir
     patience eval_before log_every tensorboard""".split()
 
 
@@ -182,7 +182,7 @@ def test_unreadable_file_is_named(tmp_path):
         ("vit", "bse", "vit must be one of base, large, small, tiny, nano, got 'bse', did you mean 'base'?"),
         ("precision", "fp16", "precision must be one of fp32, tf32, bf16"),
         ("eval_precision", "bf61", "eval_precision must be one of fp32, tf32, bf16"),
-        ("on_bad_image", "ignore", "on_bad_image must be one of error, skip"),
+        ("on_bad_sample", "ignore", "on_bad_sample must be one of error, skip"),
         (
             "dataset",
             "coco2014",

@@ -167,14 +167,14 @@ def test_a_full_disk_during_a_save(tiny_run, monkeypatch, capsys):
 
 
 def test_a_file_table_that_is_full_is_not_taken_for_a_broken_image(tiny_run, monkeypatch, capsys):
-    """on_bad_image skip would leave out good images."""
+    """on_bad_sample skip would leave out good images."""
     for error, expected in [
         (OSError(errno.EMFILE, "Too many open files"), "ulimit"),
         (MemoryError(), "memory is full"),
     ]:
         with monkeypatch.context() as patch:
             patch.setattr(ImageStore, "_open", raising(error))
-            assert run(tiny_run, "--set", "on_bad_image=skip") == 2
+            assert run(tiny_run, "--set", "on_bad_sample=skip") == 2
         assert expected in paragraph(capsys.readouterr().err)
 
 

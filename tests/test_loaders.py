@@ -168,7 +168,7 @@ def test_a_broken_image_stops_or_is_skipped(cfg, tmp_path, workers, caplog):
     with pytest.raises(ValueError, match="^image 2.png in .* cannot be read") as error:
         batches(replace(cfg, num_workers=workers))
     assert "\n" not in str(error.value)
-    found = batches(replace(cfg, num_workers=workers, on_bad_image="skip"))
+    found = batches(replace(cfg, num_workers=workers, on_bad_sample="skip"))
     names = [name for batch in found for name in batch.names]
     assert len(names) == 12 and "2.png" not in names
     if workers == 0:
@@ -176,7 +176,7 @@ def test_a_broken_image_stops_or_is_skipped(cfg, tmp_path, workers, caplog):
     for i in range(7):
         (tmp_path / f"{i}.png").write_bytes(b"broken")
     with pytest.raises(ValueError, match="none of the images of custom train can be read"):
-        batches(replace(cfg, num_workers=workers, on_bad_image="skip"))
+        batches(replace(cfg, num_workers=workers, on_bad_sample="skip"))
 
 
 # ---------------------------------------------------------------- evaluation

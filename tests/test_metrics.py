@@ -89,5 +89,7 @@ def test_chance_is_what_a_random_order_gives():
     assert chance["txt_r5"] == pytest.approx(hit, abs=1.5)
 
 
-def test_chance_counts_queries_without_an_answer_as_misses():
-    assert chance_metrics(np.array([0, 1]), np.array([0, 0]))["txt_r1"] == pytest.approx(50)
+def test_what_has_no_right_answer_is_no_query():
+    """A distractor: it is in the gallery of the other direction, and takes places there."""
+    chance = chance_metrics(np.array([0, 1]), np.array([0, 0, 2, 2]))
+    assert chance["txt_r1"] == pytest.approx(50) and chance["img_r1"] == pytest.approx(50)

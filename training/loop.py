@@ -118,7 +118,7 @@ class TrainingRun:
                 lr = self.train_steps(monitor)
                 monitor.save(state)
             self.save()
-        means = monitor.means(cfg.on_bad_image == "skip")
+        means = monitor.means(cfg.on_bad_sample == "skip")
         self.train_stats = {f"train_{k}": v for k, v in means.items()} | {"train_lr": lr}
 
     def train_steps(self, monitor: EpochMonitor) -> float:

@@ -28,7 +28,7 @@ def check_recipe(cfg: RetrievalConfig, table: Annotations) -> Findings:
     try:
         steps = len(recipe_sampler(cfg, pairs, seed=0))
     except ValueError as error:
-        return Findings(errors=[f"{table.file}: {error}"])
+        return Findings(errors=[f"{table.source}: {error}"])
     found.facts.append(f"{steps} steps an epoch of {batch} pairs, {steps * cfg.max_epoch} steps in all")
     better = max(batch, min(QUEUE, pairs // 4 // batch * batch))
     if cfg.queue_size > pairs / 2 and better < cfg.queue_size:
@@ -108,7 +108,7 @@ def require_negatives(cfg: RetrievalConfig, table: Annotations, seed: int) -> No
             if alone.any():
                 index = int(indices[alone.argmax(), 0])
                 raise ValueError(
-                    f"{table.file}: in epoch {epoch}, step {step} all {pool} samples that may be each other's "
+                    f"{table.source}: in epoch {epoch}, step {step} all {pool} samples that may be each other's "
                     f"negatives show the same image (first file {table.images[table.caption_image[index]]}). Use a "
                     "larger batch, set negative_all_rank: true, or give different images different image_id."
                 )
