@@ -10,7 +10,7 @@ import logging
 import os
 import re
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from checkpoints.protocol import RetrievalModel
 from checkpoints.weights import DamagedFile, few, read_pth
+from configs.schema import RENAMED, RetrievalConfig
 from utils import code_version, get_world_size, is_main
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ FIXED_KEYS = (
 )  # fmt: skip
 # Of `text_config`: dropout may change, sizes may not.
 FREE_TEXT_KEYS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range")
+# What a key that a save does not have, as it is newer, stands for.
+DEFAULTS = {knob.name: knob.default for knob in fields(RetrievalConfig) if knob.default is not MISSING}
 NAME = re.compile(r"checkpoint_e(\d+)_s(\d+)\.pth")
 BEST = "checkpoint_best.pth"  # weights of the epoch with the best validation r_mean
 PART = ".part"  # of a save that was interrupted
@@ -187,7 +190,8 @@ def load_run(path: Path, model: RetrievalModel, optimizer: Optimizer, config: di
 
 def _require_same_experiment(path: Path, data: dict[str, Any], config: dict[str, Any], med: dict[str, Any]) -> None:
     """ValueError naming every fixed key that differs; other differences are logged, and training goes on."""
-    saved = data["config"] | {f"med_config's {key}": value for key, value in data.get("text_config", {}).items()}
+    named = {RENAMED.get(key, key): value for key, value in data["config"].items()}
+    saved = DEFAULTS | named | {f"med_config's {key}": value for key, value in data.get("text_config", {}).items()}
     current = config | {f"med_config's {key}": value for key, value in med.items()}
     fixed = {*FIXED_KEYS, *(f"med_config's {key}" for key in med if key not in FREE_TEXT_KEYS)}
     changed = {

@@ -19,6 +19,7 @@ from configs.sizes import VIT_SIZES
 
 TEMP_RANGE = (0.001, 0.5)  # no knob: BLIP clamps the learned temperature to this before every step
 BAD_SAMPLE = ("error", "skip")
+ALPHA = ("", "white")
 RENAMED = {"on_bad_image": "on_bad_sample"}  # keys of before, which still work
 PRECISIONS = ("fp32", "tf32", "bf16")
 KIND_NAMES = {
@@ -55,6 +56,9 @@ class RetrievalConfig:
         "error", "an unreadable training image, or a caption without words, stops the run or is skipped",
         choices=BAD_SAMPLE,
     )  # fmt: skip
+
+    grey_bits: int = knob(0, "bits of content in 16-bit greyscale that does not state it; 0 = 16", 0, 32)
+    flatten_alpha: str = knob("", "white: lay transparent pictures on white; '': drop alpha, as BLIP", choices=ALPHA)
 
     # --- model
     pretrained: str = knob("", "checkpoint that training starts from, a path or an address; '' = random weights")

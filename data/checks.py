@@ -4,78 +4,19 @@ Errors stop a run, warnings come with a remedy, facts are for the reader. A run 
 `--check` looks at everything and writes nothing.
 """
 
-import logging
-import os
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from configs.datasets import DATASETS
 from configs.schema import RetrievalConfig
 from data.annotations import Annotations
-from data.images import ImageStore, missing_message, open_store
-from transform.text import MAX_TOKENS, MAX_WORDS, build_tokenizer
-from utils import Progress
+from data.caption_checks import check_captions
+from data.findings import RARE, Findings
+from data.image_checks import check_images
+from data.images import open_store
 
-logger = logging.getLogger(__name__)
-
-QUICK_IMAGES, QUICK_CAPTIONS = 24, 2000  # of each split that the start of a run looks at
-NAMED = 10  # images that a message lists
-RARE = 0.01  # share of captions below which a finding is a fact, not a warning
-SIDES = (64, 128, 256, 384, 512, 1024)  # pixels, edges of the histogram's bins
-
-
-@dataclass
-class Findings:
-    """Lines for the user, one paragraph each."""
-
-    facts: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
-
-    def add(self, other: "Findings") -> None:
-        self.facts += other.facts
-        self.warnings += other.warnings
-        self.errors += other.errors
-
-    def attempt(self, do: Callable[[], Any]) -> None:
-        """Call `do`; if it raises ValueError, the message becomes one of the errors."""
-        try:
-            do()
-        except ValueError as error:
-            self.errors.append(str(error))
-
-    def report(self) -> str:
-        """Facts and warnings, then the numbers of errors and warnings."""
-        lines = [*self.facts, *(f"warning: {warning}" for warning in self.warnings)]
-        counts = [f"{len(x)} {name}{'s' * (len(x) > 1)}" for x, name in
-                  ((self.errors, "error"), (self.warnings, "warning")) if x]  # fmt: skip
-        return "\n".join([*lines, ", ".join(counts) or "all good"])
-
-    def print(self) -> None:
-        """The report on stdout, then the errors on stderr, a paragraph each."""
-        print(self.report())
-        for error in self.errors:
-            print(f"error: {error}", file=sys.stderr)
-
-    def raise_or_log(self) -> None:
-        """ValueError with the first error, or else log facts and warnings."""
-        if self.errors:
-            more = f" ({len(self.errors) - 1} more: --check lists all)" if len(self.errors) > 1 else ""
-            raise ValueError(self.errors[0] + more)
-        for fact in self.facts:
-            logger.info("%s", fact)
-        for warning in self.warnings:
-            logger.warning("warning: %s", warning)
-
-
-# ---- data -----------------------------------------------------------------------------------------------------------
+QUICK_CAPTIONS = 2000  # of each split that the start of a run looks at
 
 
 def check_data(cfg: RetrievalConfig, splits: dict[str, Annotations], full: bool = False) -> Findings:
@@ -121,35 +62,6 @@ def check_counts(table: Annotations, published: tuple[int, int] | None, full: bo
     return found
 
 
-def check_captions(table: Annotations, limit: int) -> Findings:
-    """Captions that are cut (at MAX_WORDS, or at MAX_TOKENS) and words outside the English vocabulary."""
-    found = Findings()
-    captions = _spread(table.captions, limit)
-    tokenizer, long, unknown, total = build_tokenizer(), 0, 0, 0
-    progress = Progress(f"{table.name}: captions", len(captions), "captions")
-    for start in range(0, len(captions), 1000):
-        for ids in tokenizer(captions[start : start + 1000], verbose=False)["input_ids"]:
-            long += len(ids) > MAX_TOKENS
-            unknown += ids.count(tokenizer.unk_token_id)
-            total += len(ids) - 2
-        progress.add(len(captions[start : start + 1000]))
-    sample = "" if len(captions) == len(table.captions) else " looked at"
-    for count, of, what, remedy in (
-        (table.cut, len(table.captions), f"captions have more than {MAX_WORDS} words and are cut there", "shorten"),
-        (long, len(captions), f"captions{sample} have more than {MAX_TOKENS} tokens and are cut there", "shorten"),
-    ):
-        if count:
-            line = f"{table.name}: {count} of {of} {what}"
-            rare = count < RARE * of
-            (found.facts if rare else found.warnings).append(line if rare else f"{line}: {remedy} them")
-    if unknown > 0.05 * total:
-        found.warnings.append(
-            f"{table.name}: {100 * unknown / total:.0f} % of the word pieces{sample} are unknown to the English "
-            "vocabulary, so these captions look alike: translate them"
-        )
-    return found
-
-
 def id_warnings(table: Annotations, split: str) -> list[str]:
     """Captions given twice, an id that covers most of a training set, captions shared by different ids."""
     warnings, count = [], len(table.captions)
@@ -176,82 +88,8 @@ def id_warnings(table: Annotations, split: str) -> list[str]:
     return warnings
 
 
-class Look(NamedTuple):
-    """One image file."""
-
-    side: int  # the shorter one, in pixels
-    error: str
-    fingerprint: str
-
-
-def check_images(
-    store: ImageStore, table: Annotations, sources: Mapping[str, str], full: bool, skip: bool
-) -> tuple[Findings, dict[str, str]]:
-    """Decode some images, or all of them, which gives a histogram of sizes and the fingerprints by name."""
-    if errors := missing_images(store, table, sources):
-        return Findings(errors=errors), {}
-    names = table.images if full else _spread(table.images, QUICK_IMAGES)
-    looks = look_at(store, names, f"{table.name}: images decoded")
-    found, whole = Findings(), len(names) == len(table.images)
-    bad = {name: seen.error for name, seen in looks.items() if seen.error}
-    if bad:
-        line = unreadable(table.name, bad, len(looks), "images" if whole else "images looked at (--check looks at all)")
-        if skip and len(bad) < len(table.images):
-            found.warnings.append(f"{line}; on_bad_sample skip leaves them out of training")
-        else:
-            found.errors.append(line)
-    if full:
-        found.facts += [
-            f"{table.name}: all {len(names)} images are under {store.root}",
-            f"{table.name}: images by their shorter side in pixels: {histogram(looks.values())}",
-        ]
-    return found, {name: seen.fingerprint for name, seen in looks.items() if full and not seen.error}
-
-
-def missing_images(store: ImageStore, table: Annotations, sources: Mapping[str, str]) -> list[str]:
-    """An error for each folder of `sources` that lacks images, and one for all other missing images."""
-    by_folder: dict[str, list[str]] = {folder: [] for folder in (*sources, "")}
-    for name in table.images:
-        folder = os.path.dirname(name)
-        by_folder[folder if folder in sources else ""].append(name)
-    messages = [missing_message(store, names, folder, sources.get(folder, "")) for folder, names in by_folder.items()]
-    return [f"{table.name}: {message}" for message in messages if message]
-
-
-def look_at(store: ImageStore, names: Sequence[str], what: str) -> dict[str, Look]:
-    """Decode images, as many at once as there are cores."""
-
-    def look(name: str) -> Look:
-        try:
-            return Look(min(store.load(name).size), "", store.fingerprint(name))
-        except ValueError as error:
-            return Look(0, str(error), "")
-
-    looks, progress = {}, Progress(what, len(names), "images")
-    with ThreadPoolExecutor(min(8, cores())) as pool:
-        for name, seen in zip(names, pool.map(look, names), strict=True):
-            looks[name] = seen
-            progress.add(1)
-    return looks
-
-
-def unreadable(name: str, bad: dict[str, str], count: int, of: str = "images") -> str:
-    """One line for the images `bad` (name to reason) among `count`."""
-    more = [*bad][1:NAMED]
-    rest = f"; also {', '.join(more)}{' ...' * (len(bad) > NAMED)}" if more else ""
-    return f"{name}: {len(bad)} of {count} {of} are unreadable: {next(iter(bad.values()))}{rest}"
-
-
-def histogram(looks: Iterable[Look]) -> str:
-    """'64-127: 3, 512-1023: 9': readable images by their shorter side."""
-    place = np.searchsorted(SIDES, [look.side for look in looks if not look.error], side="right")
-    labels = [f"< {SIDES[0]}", *(f"{a}-{b - 1}" for a, b in pairwise(SIDES)), f">= {SIDES[-1]}"]
-    counts = np.bincount(place, minlength=len(labels))
-    return ", ".join(f"{label}: {n}" for label, n in zip(labels, counts, strict=True) if n) or "none"
-
-
 def overlap(one: Annotations, other: Annotations, prints: dict[str, str], other_prints: dict[str, str]) -> Findings:
-    """Files and captions of split `other` that split `one` has too; equal bytes under two names count as one file."""
+    """Files and captions of split `other` that split `one` has too; equal pixels under two names count as one file."""
     found, known = Findings(), set(one.images)
     same = [name for name in other.images if name in known]
     contents = set(prints.values())
@@ -273,15 +111,3 @@ def overlap(one: Annotations, other: Annotations, prints: dict[str, str], other_
     elif shared:
         found.facts.append(line)
     return found
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _spread(items: Sequence[str], limit: int) -> list[str]:
-    """At most `limit` items, evenly spread."""
-    if len(items) <= limit:
-        return list(items)
-    return [items[i * len(items) // limit] for i in range(limit)]

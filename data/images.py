@@ -1,16 +1,18 @@
 """Pictures by name, out of a folder or a .zip: the same RGB pixels as BLIP's `Image.open(path).convert('RGB')`.
 
-Where that line crashes or gives nonsense (16-bit greyscale, bombs, truncated files): `to_rgb` and `ImageStore.load`.
+Where that line crashes or gives nonsense (16-bit greyscale, floats, bombs, truncated files): `transform.image.to_rgb`
+and `ImageStore.load`.
 """
 
 import errno
-import hashlib
 import io
 import os
+import unicodedata
 import warnings
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from configs.datasets import DATASETS
 from configs.schema import RetrievalConfig
 from data.scenes import ARCHIVE
-from transform.image import to_rgb
+from transform.image import AS_BLIP, PixelRule, to_rgb
 from utils import find_path
 
 MAX_BYTES = 1 << 30  # of one image file: a member of a small .zip can unpack to more than the memory
@@ -30,10 +32,10 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # Im
 class ImageStore:
     """Images under `image_root`, a folder or a .zip archive; it can be sent to, or inherited by, worker processes."""
 
-    def __init__(self, root: str | os.PathLike) -> None:
+    def __init__(self, root: str | os.PathLike, rule: PixelRule = AS_BLIP) -> None:
         if not os.fspath(root):
             raise ValueError("image_root is empty: set it to the folder, or the .zip, that holds the images")
-        self.root = find_path(root)
+        self.root, self.rule = find_path(root), rule
         self.is_zip = self.root.suffix.lower() == ".zip"
         self._zip: zipfile.ZipFile | None = None
         self._zip_pid = 0
@@ -59,12 +61,17 @@ class ImageStore:
 
     def load(self, name: str) -> Image.Image:
         """The RGB picture called `name`; ValueError names the file when it is absent, broken or absurdly large."""
+        return self.examine(name)[0]
+
+    def examine(self, name: str) -> tuple[Image.Image, str]:
+        """The RGB picture, and what its file may hold that the picture has lost: 'alpha', 'depth' or ''."""
         try:
             with Image.open(self._open(name)) as image:
                 limit = Image.MAX_IMAGE_PIXELS
                 if limit and image.width * image.height > limit:
                     raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, {limit} at most")
-                return to_rgb(image)
+                lost = "depth" if image.mode.startswith("I") else "alpha" if image.has_transparency_data else ""
+                return to_rgb(image, self.rule), "" if lost == "alpha" and self.rule.flatten_alpha else lost
         except (KeyError, FileNotFoundError):
             raise ValueError(f"image {name} is missing from image_root {self.root}") from None
         except UnidentifiedImageError:
@@ -88,6 +95,7 @@ class ImageStore:
             ) from error
 
     def _open(self, name: str) -> io.BytesIO | Path:
+        name = self._spelt(name)
         if not self.is_zip:
             return self.root / name
         size = self.archive.getinfo(name).file_size
@@ -95,32 +103,43 @@ class ImageStore:
             raise Image.DecompressionBombError(f"it unpacks to {size} bytes, {MAX_BYTES} at most")
         return io.BytesIO(self.archive.read(name))
 
-    def fingerprint(self, name: str) -> str:
-        """Equal for files with equal bytes, whatever their names; '' for a file that cannot be opened."""
-        try:
-            if self.is_zip:
-                info = self.archive.getinfo(name)
-                return f"{info.CRC:08x}{info.file_size}"
-            with open(self.root / name, "rb") as file:
-                return hashlib.file_digest(file, "sha1").hexdigest()
-        except (OSError, KeyError):
-            return ""
-
     def missing(self, names: Iterable[str]) -> list[str]:
         """Those of `names` that are not there, in their order; each folder is listed only once."""
         names = list(names)
         if self.is_zip:
-            return [name for name in names if name not in self.archive.NameToInfo]
+            return [name for name in names if self._spelt(name) not in self.archive.NameToInfo]
         by_folder: dict[str, set[str]] = defaultdict(set)
         for folder in {os.path.dirname(name) for name in names}:
             if (self.root / folder).is_dir():
                 by_folder[folder] = set(os.listdir(self.root / folder))
-        return [name for name in names if os.path.basename(name) not in by_folder[os.path.dirname(name)]]
+        return [
+            name for name in names
+            if os.path.basename(name) not in by_folder[os.path.dirname(name)]
+            and (name.isascii() or not (self.root / self._spelt(name)).exists())
+        ]  # fmt: skip
+
+    def _spelt(self, name: str) -> str:
+        """The name as the disk or archive spells it: accents may be letters of their own there, as on a Mac."""
+        if name.isascii():
+            return name
+        other = unicodedata.normalize("NFD", name)
+        if self.is_zip:
+            return other if name not in self.archive.NameToInfo and other in self.archive.NameToInfo else name
+        return other if not (self.root / name).exists() and (self.root / other).exists() else name
+
+    def entries(self, most: int = 200_000) -> Iterator[str]:
+        """Paths of files that are there, relative to the root; at most `most`."""
+        if self.is_zip:
+            yield from islice((name for name in self.archive.NameToInfo if not name.endswith("/")), most)
+            return
+        paths = (os.path.join(folder, file) for folder, _, files in os.walk(self.root) for file in files)
+        yield from (os.path.relpath(path, self.root).replace(os.sep, "/") for path in islice(paths, most))
 
 
 def open_store(cfg: RetrievalConfig) -> ImageStore:
     """The images of the config's data set; drawn ones lie beside their annotations, wherever image_root points."""
-    return ImageStore(find_path(cfg.ann_root) / ARCHIVE if DATASETS[cfg.dataset].drawn else cfg.image_root)
+    root = find_path(cfg.ann_root) / ARCHIVE if DATASETS[cfg.dataset].drawn else cfg.image_root
+    return ImageStore(root, PixelRule(cfg.grey_bits, cfg.flatten_alpha))
 
 
 def missing_message(store: ImageStore, names: Sequence[str], folder: str = "", source: str = "") -> str:
@@ -131,13 +150,75 @@ def missing_message(store: ImageStore, names: Sequence[str], folder: str = "", s
     missing = store.missing(names)
     if not missing:
         return ""
-    remedy = "set image_root so that image_root/path exists"
-    if store.is_zip:
-        remedy = "make the paths inside the archive equal those in the annotations"
-        longer = next((entry for entry in store.archive.NameToInfo if entry.endswith("/" + missing[0])), None)
-        if longer:
-            remedy += f"; it holds {longer}, so pack it again without the leading {longer.removesuffix(missing[0])}"
+    remedy = explain_missing(store, missing)
+    if not remedy:
+        same = "make the paths inside the archive equal those in the annotations"
+        remedy = same if store.is_zip else "set image_root so that image_root/path exists"
+        remedy = f"{source}, or {remedy}" if source else remedy
     return (
         f"{len(missing):,} of {len(names):,} images{f' of {folder}' if folder else ''} are missing under image_root "
-        f"{store.root}, the first is {missing[0]}: {f'{source}, or ' if source else ''}{remedy}"
+        f"{store.root}, the first is {missing[0]}: {remedy}"
     )
+
+
+def explain_missing(store: ImageStore, missing: Sequence[str]) -> str:
+    """What is there instead of the images `missing`, and the remedy that mends most of them, or ''."""
+    index: dict[str, dict[str, str]] = {kind: {} for kind in LIKENESS}
+    for entry in store.entries():
+        for kind, same in LIKENESS.items():
+            index[kind].setdefault(same(entry), entry)
+    found: dict[str, list[tuple[str, str]]] = {}  # remedy: pairs of what is asked for and what is there
+    for name in missing:
+        for kind, same in LIKENESS.items():
+            there = index[kind].get(same(name))
+            if there:
+                found.setdefault(_remedy(store, kind, name, there), []).append((name, there))
+                break
+    if not found:
+        return ""
+    remedy, pairs = max(found.items(), key=lambda item: len(item[1]))
+    name, entry = pairs[0]
+    of = "" if len(pairs) == len(missing) else f" (as for {len(pairs):,} of them)"
+    return f"there is {entry!r} for {name!r}{of}: {remedy}"
+
+
+def _code_page(name: str) -> str:
+    """A name that zipfile took for code page 437, as the UTF-8 that it was."""
+    try:
+        return unicodedata.normalize("NFC", name.encode("cp437").decode("utf-8"))
+    except ValueError:
+        return name
+
+
+# How a file that is there may be the one that is asked for, the likeliest first.
+LIKENESS: dict[str, Callable[[str], str]] = {
+    "form": lambda name: unicodedata.normalize("NFC", name),
+    "backslash": lambda name: name.replace("\\", "/"),
+    "code page": lambda name: name if name.isascii() else _code_page(name),
+    "case": str.casefold,
+    "extension": lambda name: os.path.splitext(name)[0],
+    "both": lambda name: os.path.splitext(name)[0].casefold(),
+    "folder": os.path.basename,
+}
+
+
+def _remedy(store: ImageStore, kind: str, name: str, entry: str) -> str:
+    if kind == "folder" and entry.endswith(f"/{name}"):
+        prefix = entry.removesuffix(name)
+        if store.is_zip:
+            return f"pack the archive again without the leading {prefix}"
+        return f"set image_root to {store.root / prefix}"
+    if kind == "folder" and name.endswith(f"/{entry}"):
+        prefix = name.removesuffix(entry)
+        if not store.is_zip and f"{store.root.resolve()}/".endswith(f"/{prefix}"):
+            return f"set image_root to {store.root.resolve().parents[prefix.count('/') - 1]}"
+        return f"remove the leading {prefix} from the paths in the annotations"
+    return {
+        "form": "its accents are spelt otherwise; rename the file, or correct the annotations",
+        "backslash": "its name has backslashes where folders were meant; unpack it again with another program",
+        "code page": "the archive's names are of another code page; pack it again with UTF-8 names",
+        "case": "they differ in upper and lower case; correct the annotations, or rename the files",
+        "extension": "they differ in the extension; correct the annotations, or rename the files",
+        "both": "they differ in case and extension; correct the annotations, or rename the files",
+        "folder": "it lies in another folder; correct the paths in the annotations",
+    }[kind]

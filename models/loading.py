@@ -25,7 +25,7 @@ from configs.schema import PRECISIONS, load_config
 from configs.sizes import VIT_SIZES, MedConfig, load_med_config
 from models.arrangements import TrainingTexts
 from models.blip_retrieval import BLIP_Retrieval
-from transform.image import eval_transform, to_rgb
+from transform.image import AS_BLIP, PixelRule, eval_transform, to_rgb
 from transform.text import TokenizedText, clean_caption, tokenize
 from utils import find_path, precision
 
@@ -65,25 +65,28 @@ def load(
         elif key in QUEUES:
             weights[key] = torch.zeros_like(value, device=device)
     model.load_state_dict(weights, assign=True)
-    return Blip(model.eval().requires_grad_(False), precision)
+    trained = file.extra.get("config", {})
+    rule = PixelRule(**{key: trained[key] for key in PixelRule._fields if key in trained})
+    return Blip(model.eval().requires_grad_(False), precision, rule=rule)
 
 
 class Blip:
     """A model in eval mode and what turns pictures and sentences into its inputs.
 
-    Pictures (paths or PIL) become RGB and a square as in evaluation; sentences are cleaned, cut and tokenised as in
-    training. One picture or one sentence counts as a list of one. Results are float32 tensors on the CPU. It is for
-    use, not for training: the weights take no gradient, and momentum twins share the memory of the online weights.
+    Pictures (paths or PIL) become RGB, by the `rule` of the run that trained the weights, and a square as in
+    evaluation; sentences are cleaned, cut and tokenised as in training. One of them counts as a list of one. Results
+    are float32 tensors on the CPU. It is for use, not for training: the weights take no gradient, and momentum twins
+    share the memory of the online weights.
     """
 
-    def __init__(self, model: BLIP_Retrieval, precision: str = "fp32", batch_size: int = 32):
-        self.model, self.precision, self.batch_size = model, precision, batch_size
+    def __init__(self, model: BLIP_Retrieval, precision: str = "fp32", batch_size: int = 32, rule: PixelRule = AS_BLIP):
+        self.model, self.precision, self.batch_size, self.rule = model, precision, batch_size, rule
         self.transform = eval_transform(model.image_size)
 
     def pixels(self, images: Picture | Sequence[Picture]) -> Tensor:
         """(N, 3, S, S), normalised."""
         size = self.model.image_size
-        pixels = [self.transform(_open_rgb(image)) for image in _as_list(images)]
+        pixels = [self.transform(_open_rgb(image, self.rule)) for image in _as_list(images)]
         return torch.stack(pixels) if pixels else torch.empty(0, 3, size, size)
 
     def tokens(self, texts: str | Sequence[str]) -> TokenizedText:
@@ -185,9 +188,9 @@ def _batches(items: list, size: int) -> Iterator[list]:
         yield items[start : start + size]
 
 
-def _open_rgb(picture: Picture) -> Image.Image:
+def _open_rgb(picture: Picture, rule: PixelRule) -> Image.Image:
     if isinstance(picture, Image.Image):
-        return to_rgb(picture)
+        return to_rgb(picture, rule)
     if not isinstance(picture, str | os.PathLike):
         raise ValueError(
             f"a picture is a path or a PIL image, got {type(picture).__name__}; PIL's Image.fromarray makes one of an "
@@ -195,7 +198,7 @@ def _open_rgb(picture: Picture) -> Image.Image:
         )
     try:
         with Image.open(picture) as image:
-            return to_rgb(image)
+            return to_rgb(image, rule)
     except Exception as error:  # a broken file can raise nearly anything in Pillow's decoders
         raise ValueError(f"image {os.fspath(picture)} cannot be read ({error or type(error).__name__})") from None
 

@@ -269,7 +269,7 @@ BAD = {
     "archive is none": (lambda folder, patch: shutil.copy(folder / "med.json", folder / "a.zip") and
                         ["--set", f"image_root={folder / 'a.zip'}"], ["a.zip", "archive"]),
     "cut archive": (cut_archive, ["images.zip", "archive"]),
-    "archive with a leading folder": (archive(lambda name: f"flat/{name}"), ["12 of 12", "train_0.png", "flat/"]),
+    "archive with a leading folder": (archive(lambda name: f"flat/{name}"), ["12 of 12", "train_0.png", " flat/"]),
     "archive that climbs": (climbing_archive, ["train.json, row 3", "../train_1.png"]),
     "archive bomb": (archive_bomb, ["unpacks to", "too large"]),
     # checkpoints

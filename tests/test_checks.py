@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from configs.schema import RetrievalConfig, load_config
-from data import checks
+from data import findings, image_checks
 from data.annotations import Annotations
+from data.caption_checks import check_captions, read
 from models.blip_retrieval import build_model
 from retrieval import evaluate
 from retrieval.metrics import within_noise
@@ -21,6 +22,7 @@ from tests.test_train import ROOT, lines, run
 from training import loop
 from training.monitor import TrainingWarnings
 from training.recipe import check_disk, check_recipe, require_negatives
+from transform.text import build_tokenizer, clean_caption
 
 
 def check(folder, capsys, *pairs: str) -> str:
@@ -54,7 +56,7 @@ def test_a_good_run_is_all_good_and_nothing_is_written(tiny_run, capsys):
 
 
 def test_a_run_looks_at_a_sample_and_says_so(tiny_run, capsys, monkeypatch):
-    monkeypatch.setattr(checks, "QUICK_IMAGES", 4)  # of 12: every third
+    monkeypatch.setattr(image_checks, "QUICK_IMAGES", 4)  # of 12: every third
     (tiny_run / "images" / "train_3.png").write_bytes(b"")
     assert run(tiny_run) == 2
     error = capsys.readouterr().err
@@ -106,6 +108,57 @@ def test_a_finetuned_checkpoint_is_told_from_a_pretrained_one(tiny_run, capsys):
     assert "weights.pth: pre-trained BLIP" in report and "already" not in report
     address = "https://example.org/x/model_nowhere.pth"
     assert f"{address}: not here yet" in check(tiny_run, capsys, f"pretrained={address}")
+
+
+def test_pixels_that_show_nothing_are_counted_and_named(tiny_run, capsys):
+    images = tiny_run / "images"
+    alpha = np.zeros((40, 40, 4), np.uint8)
+    alpha[10:20, 10:20, 3] = 255
+    Image.fromarray(alpha, "RGBA").save(images / "train_0.png")
+    Image.fromarray(np.arange(1600, dtype=np.uint16).reshape(40, 40)).save(images / "train_1.png")
+    Image.new("RGB", (40, 40), (7, 8, 9)).save(images / "train_2.png")
+    Image.open(images / "train_3.png").save(images / "train_4.png", compress_level=0)
+    Image.new("RGB", (40, 40), (7, 8, 9)).save(images / "test_0.png", compress_level=0)
+    report = check(tiny_run, capsys, "queue_size=8")
+    assert "warning: custom train: 2 of 12 images are of one colour, or nearly (train_0.png, train_2.png); " in report
+    assert "1 have an alpha channel, which BLIP drops: set flatten_alpha to white" in report
+    assert "1 of 12 images have at most 16 grey levels (train_1.png); 1 have more than 8 bits: set grey_bits" in report
+    assert "2 of 12 images have the pixels of another one (train_3.png, train_4.png), with another image_id" in report
+    assert "1 of 4 images are, under other names, copies of images of custom train (the first: test_0.png)" in report
+    report = check(tiny_run, capsys, "queue_size=8", "flatten_alpha=white", "grey_bits=11")
+    assert "1 of 12 images are of one colour, or nearly (train_2.png): look at them" in report
+    assert "alpha" not in report and "grey_bits" not in report
+
+
+LANGUAGES = {
+    "Russian": ["Мужчина в красной рубашке едет на лошади", "Две собаки играют с мячом в снегу"],
+    "Arabic": ["رجل يرتدي قميصا أحمر يركب حصانا", "كلبان يلعبان بالكرة في الثلج"],
+    "Hindi": ["लाल कमीज में एक आदमी घोड़े की सवारी करता है", "दो कुत्ते बर्फ में खेलते हैं"],
+    "Vietnamese": ["Một người đàn ông mặc áo đỏ cưỡi ngựa", "Hai con chó chơi với quả bóng trong tuyết"],
+    "Thai": ["ผู้ชายใส่เสื้อสีแดงขี่ม้า", "สุนัขสองตัวเล่นลูกบอล"],
+    "Chinese": ["一个穿红衬衫的男人在海滩上骑马", "两只狗在雪地里玩球"],
+    "German": ["Ein Mann in einem roten Hemd reitet auf einem Pferd am Strand"],
+    "French": ["Un homme en chemise rouge monte à cheval", "Deux chiens jouent avec un ballon dans la neige"],
+    "English": ["A man in a red shirt rides a horse on the beach", "Two dogs play with a ball in the snow, naïve ones"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_captions_that_are_not_english_get_one_warning(language):
+    captions = [clean_caption(caption) for caption in LANGUAGES[language]]
+    found = check_captions(table(range(len(captions)), captions=captions), 100)
+    assert len(found.warnings) == (language != "English")
+    for warning in found.warnings:
+        assert "translate what is not English (docs/data.md, Other languages)" in warning
+
+
+def test_different_captions_with_equal_tokens_are_counted():
+    reading = read(["a café", "a cafe", "a cafe", "a dog"], "captions")
+    assert reading.alike == pytest.approx(1 / 3)  # of three different ones
+    reading = read(["a dog", "playing badminton"], "captions")
+    ids = build_tokenizer()(["a dog", "playing badminton"])["input_ids"]
+    assert reading.pieces == (sum(map(len, ids)) - 4) / 4 and reading.foreign == 0 == reading.alike
+    assert read(["été"], "captions").foreign == pytest.approx(2 / 3)
 
 
 # ---------------------------------------------------------------- recipe, disk, negatives
@@ -269,16 +322,16 @@ def test_odd_images_train_and_broken_ones_are_skipped_and_counted(tiny_run, caps
 
 
 def test_training_stops_at_a_broken_image_that_the_sample_missed(tiny_run, capsys, monkeypatch):
-    monkeypatch.setattr(checks, "QUICK_IMAGES", 1)
+    monkeypatch.setattr(image_checks, "QUICK_IMAGES", 1)
     (tiny_run / "images" / "train_3.png").write_bytes(b"")
     assert run(tiny_run) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: image train_3.png")
 
 
 def test_messages_below_warning_stay_silent_elsewhere(caplog):
-    found = checks.Findings(["a fact"], ["a warning"], [])
+    found = findings.Findings(["a fact"], ["a warning"], [])
     with caplog.at_level(logging.INFO):
         found.raise_or_log()
     assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
     with pytest.raises(ValueError, match="first .2 more: --check lists all."):
-        checks.Findings(errors=["first", "b", "c"]).raise_or_log()
+        findings.Findings(errors=["first", "b", "c"]).raise_or_log()

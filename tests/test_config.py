@@ -18,7 +18,7 @@ BLIP_KEYS = """image_root ann_root dataset pretrained vit batch_size_train batch
     init_lr image_size queue_size alpha k_test negative_all_rank weight_decay min_lr max_epoch""".split()
 OWN_KEYS = """finetuned med_config train_file val_file test_file patch_size pos_embed_std embed_dim momentum
     global_batch_size ranks_emulated warmup_steps temp_lr_scale augment num_workers precision eval_precision
-    rerank_tokens keep_graphs compile save_every_steps keep_last on_bad_sample cache_dir
+    rerank_tokens keep_graphs compile save_every_steps keep_last on_bad_sample grey_bits flatten_alpha cache_dir
     patience eval_before log_every tensorboard""".split()
 
 

@@ -186,7 +186,7 @@ REFUSED = {
     "annotations.json": ('{"images": [{"id": 1}], "annotations": []}', "layout of COCO, but image 1 lacks 'file_name'"),
     "boxes.json": ('{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 1, "bbox": []}]}',
                    "layout of COCO, but image or annotation 1 lacks 'caption'"),
-    "no_such_image.json": ('{"images": [{"id": 1, "file_name": "a"}],\n"annotations": [{"image_id": 2, "caption": ""}]}',
+    "no_such_image.json": ('{"images": [{"id": 1, "file_name": "a"}],\n"annotations": [{"image_id": 2}]}',
                            "annotation 1 has an image_id, 2, of no image"),
     "same_id.json": ('{"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}], "annotations": []}',
                      "image 2 has the id 1 of an image before it"),

@@ -3,14 +3,18 @@
 import io
 import os
 import pickle
+import re
+import struct
 import warnings
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from data.images import ImageStore, missing_message
+from transform.image import AS_BLIP, PixelRule
 from utils import REPOSITORY, find_path
 
 
@@ -60,12 +64,62 @@ def test_exif_orientation_is_not_applied(folder):
     assert ImageStore(folder).load("turned.jpg").size == (7, 9)
 
 
-def test_sixteen_bit_greyscale_keeps_its_greys(folder):
-    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
-    Image.fromarray(ramp).save(folder / "deep.png")
-    grey = np.asarray(ImageStore(folder).load("deep.png"))
-    np.testing.assert_array_equal(grey[..., 0], ramp >> 8)
-    np.testing.assert_array_equal(grey[..., 0], grey[..., 2])
+def deep(bits: int) -> np.ndarray:
+    return np.linspace(0, 2**bits - 1, 256).astype(np.uint16).reshape(16, 16)
+
+
+def png_stating(bits: int, pixels: np.ndarray) -> bytes:
+    """A 16-bit PNG whose sBIT chunk says how many of them mean something."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    data, body = file.getvalue(), b"sBIT" + bytes([bits])
+    return data[:33] + struct.pack(">I", 1) + body + struct.pack(">I", zlib.crc32(body)) + data[33:]
+
+
+def test_sixteen_bit_greyscale_has_one_rule_for_all_pictures(folder):
+    """What the file states, else the option, else all 16 bits: never what the picture happens to hold."""
+    Image.fromarray(deep(16)).save(folder / "full.png")
+    Image.fromarray(deep(12)).save(folder / "twelve.png")
+    Image.fromarray(deep(12) >> 6).save(folder / "dark.png")
+    (folder / "states.png").write_bytes(png_stating(12, deep(12)))
+    Image.fromarray(deep(12)).save(folder / "states.tif", tiffinfo={281: 4095})
+    Image.fromarray(deep(12).astype(np.int32) << 19).save(folder / "wide.tif")
+
+    def greys(name: str, rule: PixelRule = AS_BLIP) -> np.ndarray:
+        pixels = np.asarray(ImageStore(folder, rule).load(name))
+        np.testing.assert_array_equal(pixels[..., 0], pixels[..., 2])
+        return pixels[..., 0]
+
+    np.testing.assert_array_equal(greys("full.png"), deep(16) >> 8)
+    np.testing.assert_array_equal(greys("twelve.png"), deep(12) >> 8)  # dark, as a series of such pictures is
+    assert greys("dark.png").max() == 0
+    for name in ("states.png", "states.tif"):
+        np.testing.assert_array_equal(greys(name), deep(12) >> 4)
+        np.testing.assert_array_equal(greys(name, PixelRule(grey_bits=10)), deep(12) >> 4)
+    for name in ("twelve.png", "dark.png"):
+        np.testing.assert_array_equal(greys(name, PixelRule(grey_bits=12)), np.asarray(Image.open(folder / name)) >> 4)
+    np.testing.assert_array_equal(greys("wide.tif"), deep(12) >> 5)
+    assert greys("twelve.png", PixelRule(grey_bits=6)).max() == 255
+
+
+def test_floating_point_pictures_are_refused(folder):
+    Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(folder / "float.tif")
+    with pytest.raises(ValueError, match="image float.tif .*floating-point pixels, whose range is not known: save it"):
+        ImageStore(folder).load("float.tif")
+
+
+def test_what_is_drawn_in_alpha_is_black_as_in_blip_or_laid_on_white(folder):
+    drawn = np.zeros((8, 8, 4), np.uint8)
+    drawn[2:6, 2:6, 3] = 255
+    Image.fromarray(drawn, "RGBA").save(folder / "drawn.png")
+    Image.fromarray(drawn, "RGBA").quantize(4).save(folder / "palette.png")
+    Image.fromarray(drawn[..., 2:], "LA").save(folder / "grey_alpha.png")
+    white = ImageStore(folder, PixelRule(flatten_alpha="white"))
+    for name in ("drawn.png", "palette.png", "grey_alpha.png"):
+        assert np.asarray(ImageStore(folder).load(name)).max() == 0
+        np.testing.assert_array_equal(np.asarray(white.load(name))[..., 1], 255 - drawn[..., 3])
+    for name in ("a.png", "sub/b.jpg", "grey.png", "cmyk.jpg", "one.webp"):
+        np.testing.assert_array_equal(np.asarray(white.load(name)), np.asarray(ImageStore(folder).load(name)))
 
 
 def test_palette_with_transparency_animation_and_one_pixel(folder):
@@ -157,10 +211,57 @@ def test_missing_images_are_counted(folder, archive, tmp_path):
         message = missing_message(store, ["sub/b.jpg", "sub/c.jpg"], "sub", "unpack sub.zip")
         assert message.startswith("1 of 2 images of sub are missing under ")
         assert "the first is sub/c.jpg: unpack sub.zip, or " in message
-    with zipfile.ZipFile(tmp_path / "deeper.zip", "w") as file:
-        file.write(folder / "a.png", "flickr/images/a.png")
-    message = missing_message(ImageStore(tmp_path / "deeper.zip"), ["a.png"])
-    assert "it holds flickr/images/a.png, so pack it again without the leading flickr/images/" in message
+
+
+THERE = ["Beach.JPG", "cat.png", "dog", "sub/deep/owl.jpg", "nai\u0308ve.png", "back\\slash.png", "x/fox.png"]
+NOT_THERE = {  # what is asked for: (what is said to be there, the remedy)
+    "beach.jpg": ("Beach.JPG", "upper and lower case"),
+    "cat.jpg": ("cat.png", "in the extension"),
+    "dog.png": ("dog", "in the extension"),
+    "beach.png": ("Beach.JPG", "in case and extension"),
+    "deep/owl.jpg": ("sub/deep/owl.jpg", "without the leading sub/|set image_root to .*/pictures/sub/?$"),
+    "pictures/cat.png": ("cat.png", "remove the leading pictures/|set image_root to .*[^s]$"),
+    "other/cat.png": ("cat.png", "remove the leading other/"),
+    "back/slash.png": ("back\\slash.png", "has backslashes"),
+    "y/fox.png": ("x/fox.png", "lies in another folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_missing_image_is_looked_for_and_the_remedy_fits(tmp_path, zipped):
+    root = tmp_path / ("pictures.zip" if zipped else "pictures")
+    if zipped:
+        with zipfile.ZipFile(root, "w") as file:
+            for name in THERE:
+                file.writestr(name, b"")
+    for name in [] if zipped else THERE:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    store = ImageStore(root)
+    assert store.missing(["na\u00efve.png"]) == []  # composed here, decomposed there
+    for name, (there, remedy) in NOT_THERE.items():
+        message = missing_message(store, [name])
+        assert f"there is {there!r} for {name!r}: " in message and re.search(remedy, message), message
+    many = ["beach.jpg", "cat.jpg", "nowhere.png", "dog.png"]
+    message = missing_message(store, many)
+    assert "4 of 4 images are missing" in message and "'cat.png' for 'cat.jpg' (as for 2 of them): " in message
+    assert missing_message(store, ["nowhere.png"]).count(": ") == 1
+
+
+def test_an_accent_is_found_in_either_form(tmp_path):
+    for form in ("na\u00efve.png", "nai\u0308ve.png"):
+        root = tmp_path / ascii(form)
+        root.mkdir()
+        Image.fromarray(noise()).save(root / form)
+        assert ImageStore(root).missing(["na\u00efve.png"]) == []
+        assert ImageStore(root).load("na\u00efve.png").size == (7, 9)
+
+
+def test_names_of_another_code_page_are_recognised(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        file.writestr("K\u251c\u00f1se.png".encode().decode(), b"")  # UTF-8 bytes that were read as code page 437
+    message = missing_message(ImageStore(tmp_path / "a.zip"), ["K\u00e4se.png"])
+    assert "for 'K\u00e4se.png': the archive's names are of another code page; pack it again with UTF-8" in message
 
 
 def test_archive_survives_fork_and_pickle(archive):

@@ -134,7 +134,7 @@ def layout(source, tmp_path, monkeypatch):
     for entry in COCO["images"]:
         path = tmp_path / "coco" / entry["filepath"] / entry["filename"]
         path.parent.mkdir(exist_ok=True)
-        Image.new("RGB", (8, 8), (40 * entry["cocoid"], 0, 0)).save(path)
+        Image.linear_gradient("L").rotate(40 * entry["cocoid"]).resize((30, 30)).save(path)
     counts = {"train": (3, 15), "val": (1, 5), "test": (1, 6)}
     monkeypatch.setitem(DATASETS, "coco", replace(DATASETS["coco"], counts=counts))
 

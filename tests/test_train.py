@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 import train_retrieval
 from checkpoints.load import LoadReport
 from configs.schema import load_config
-from data.checks import Findings
+from data.findings import Findings
 from training import loop
 
 ROOT = Path(__file__).parent.parent

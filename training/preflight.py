@@ -16,7 +16,8 @@ from checkpoints.runs import BEST, find_runs
 from configs.datasets import SPLITS
 from configs.schema import RetrievalConfig
 from data.annotations import Annotations, available_splits, load_annotations
-from data.checks import Findings, check_data
+from data.checks import check_data
+from data.findings import Findings
 from models.blip_retrieval import BLIP_Retrieval, build_model
 from training.recipe import check_disk, check_recipe, require_negatives
 from utils import is_main

@@ -13,7 +13,7 @@ import numpy as np
 
 from configs.schema import RetrievalConfig
 from data.annotations import Annotations
-from data.checks import Findings, cores
+from data.findings import Findings, cores
 from data.loaders import recipe_sampler
 
 BATCH, MOMENTUM, QUEUE = 256, 0.995, 57600
