@@ -10,10 +10,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from checkpoints.files import few
 from checkpoints.huggingface import read_folder, write_folder
 from checkpoints.load import LoadReport, fit, open_weights
 from checkpoints.runs import write_atomically
-from checkpoints.weights import QUEUES, TWINS, few, read_sizes
+from checkpoints.weights import QUEUES, TWINS, read_sizes
 from models.loading import empty_model, file_sizes
 from utils import setup_logging
 

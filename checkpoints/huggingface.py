@@ -1,4 +1,4 @@
-"""Hugging Face folders of `BlipForImageTextRetrieval` (config.json, model.safetensors), read and written.
+"""Hugging Face folders of `BlipForImageTextRetrieval` (config.json, tensors, processor), read and written.
 
 Source of the names: transformers' `models/blip/modeling_blip.py`, which the tests run on an exported folder. TABLE is
 used in both directions. The image encoder's q, k and v are one matrix on both sides, so every tensor is only renamed.
@@ -16,23 +16,28 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoints.weights import QUEUES, TWINS, DamagedFile, Sizes, WeightFile, few, official_names, read_sizes
+from checkpoints.files import few
+from checkpoints.weights import QUEUES, TWINS, Sizes, WeightFile, read_sizes, read_weights
 from configs.schema import TEMP_RANGE
 from configs.sizes import VIT_SIZES, MedConfig
+from transform.image import MEAN, STD
+from transform.text import build_tokenizer
 
 log = logging.getLogger(__name__)
 
 ARCHITECTURE = "BlipForImageTextRetrieval"
 CONFIG, TENSORS = "config.json", "model.safetensors"
+TENSOR_FILES = (TENSORS, "pytorch_model.bin")
 INITIAL_TEMP = 0.07  # BLIP's, for folders that were converted without it
 VIT_NORM_EPS = 1e-6  # transformers' default is 1e-5
 
@@ -81,9 +86,9 @@ def _rename_key(key: str, to_official: bool) -> str | None:
 
 
 def write_folder(folder: Path, state: dict[str, Tensor], med: MedConfig, name: str) -> None:
-    """Write a folder that `BlipForImageTextRetrieval.from_pretrained` loads, from official tensors of the file `name`.
+    """Write a folder that `BlipForImageTextRetrieval.from_pretrained` and `BlipProcessor.from_pretrained` load.
 
-    Each of its two files replaces a former one in one step, the tensors first.
+    The tensors are official ones of the file `name`. Each file replaces a former one in one step, the tensors first.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file; name the folder to write to.")
@@ -95,16 +100,27 @@ def write_folder(folder: Path, state: dict[str, Tensor], med: MedConfig, name: s
     config = _to_hf_config(read_sizes(state, name), med, state["temp"].item(), online["itm_head.weight"].dtype)
     tensors = rename(online, to_official=False, name=name)
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / (TENSORS + ".part")
-    try:
-        save_file(tensors, part, metadata={"format": "pt"})
-        os.replace(part, folder / TENSORS)
-        part = folder / (CONFIG + ".part")
-        part.write_text(config, encoding="utf-8")
-        os.replace(part, folder / CONFIG)
-        shutil.copymode(folder / CONFIG, folder / TENSORS)  # safetensors makes it readable for its owner only
-    finally:
-        part.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".part") as part:
+        save_file(tensors, Path(part, TENSORS), metadata={"format": "pt"})
+        Path(part, CONFIG).write_text(config, encoding="utf-8")
+        _processor(read_sizes(state, name).image_size).save_pretrained(part)
+        shutil.copymode(Path(part, CONFIG), Path(part, TENSORS))  # safetensors makes it readable for its owner only
+        for file in sorted(Path(part).iterdir(), key=lambda file: file.name != TENSORS):
+            os.replace(file, folder / file.name)
+
+
+def _processor(image_size: int) -> Any:
+    """transformers' counterpart of this program's transforms: pixels differ by one grey level at most.
+
+    It neither cleans captions nor puts [ENC] first.
+    """
+    from transformers import BlipImageProcessor, BlipProcessor
+
+    pictures = BlipImageProcessor(
+        size={"height": image_size, "width": image_size}, resample=Image.Resampling.BICUBIC,
+        image_mean=list(MEAN), image_std=list(STD), do_convert_rgb=True,
+    )  # fmt: skip
+    return BlipProcessor(pictures, build_tokenizer())
 
 
 def _to_hf_config(sizes: Sizes, med: MedConfig, temp: float, dtype: torch.dtype) -> str:
@@ -137,20 +153,40 @@ def _to_hf_config(sizes: Sizes, med: MedConfig, temp: float, dtype: torch.dtype)
 
 def read_folder(folder: Path) -> WeightFile:
     """The weights of a Hugging Face folder under official names; `extra` has its text encoder's MedConfig."""
-    config = _read_config(folder)
-    med, temp = _from_hf_config(config, folder)
-    state, ignored = official_names(_read_tensors(folder))
-    state = rename(state, to_official=True, name=str(folder))
-    sizes = read_sizes(state, str(folder))
-    heads = config["vision_config"]["num_attention_heads"]
-    if sizes.vit and heads != VIT_SIZES[sizes.vit][2]:
-        raise ValueError(f"{folder}: {sizes.vit_words} with {heads} heads, but BLIP's has {VIT_SIZES[sizes.vit][2]}.")
+    _read_config(folder)
+    for name in TENSOR_FILES:
+        if (folder / name).exists():
+            return adopt(read_weights(folder / name), folder)
+    shards = [f"{name}.index.json" for name in TENSOR_FILES if (folder / f"{name}.index.json").exists()]
+    hint = f" but {shards[0]}: save it again with transformers' save_pretrained(folder, max_shard_size='50GB')"
+    raise ValueError(f"{folder}: has neither {' nor '.join(TENSOR_FILES)}{hint if shards else ''}.")
+
+
+def is_foreign(file: WeightFile) -> bool:
+    """Whether the tensors have transformers' names."""
+    return any(key.startswith("vision_model.") for key in file.state)
+
+
+def adopt(file: WeightFile, folder: Path) -> WeightFile:
+    """The same under official names, with what the folder's config.json says, if there is one."""
+    state, name, extra = (
+        rename(file.state, to_official=True, name=file.name),
+        file.name,
+        dict[str, Any](hugging_face=True),
+    )
+    temp: float | None = None
+    if (folder / CONFIG).exists():
+        config, name = _read_config(folder), str(folder)
+        med, temp = _from_hf_config(config, folder)
+        sizes = read_sizes(state, name)
+        heads = config["vision_config"]["num_attention_heads"]
+        if sizes.vit and heads != VIT_SIZES[sizes.vit][2]:
+            raise ValueError(f"{name}: {sizes.vit_words} with {heads} heads, but BLIP's has {VIT_SIZES[sizes.vit][2]}.")
+        extra["text_config"] = {field.name: getattr(med, field.name) for field in fields(MedConfig)}
     if temp is None:
-        log.warning("%s: gives no temperature (`temp` in its config.json): using %s", folder, INITIAL_TEMP)
+        log.warning("%s: gives no temperature (`temp` in its config.json): using %s", name, INITIAL_TEMP)
         temp = INITIAL_TEMP
-    state["temp"] = torch.tensor(temp)
-    text_config = {field.name: getattr(med, field.name) for field in fields(MedConfig)}
-    return WeightFile(str(folder), state, ignored, {"hugging_face": True, "text_config": text_config})
+    return WeightFile(name, state | {"temp": torch.tensor(temp)}, file.ignored, extra)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -186,17 +222,3 @@ def _from_hf_config(config: dict[str, Any], folder: Path) -> tuple[MedConfig, fl
     values = {field.name: text[field.name] for field in fields(MedConfig) if field.name in text}
     temp = config.get("temp")
     return MedConfig(**values | {"encoder_width": vision["hidden_size"]}), temp if isinstance(temp, float) else None
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    path = folder / TENSORS
-    if not path.exists():
-        other = [name for name in ("pytorch_model.bin", TENSORS + ".index.json") if (folder / name).exists()]
-        hint = f" but {other[0]}: save it again with transformers' save_pretrained(folder, max_shard_size='50GB')"
-        raise ValueError(f"{folder}: has no {TENSORS}{hint if other else ''}.")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise DamagedFile(
-            f"{path}: not a safetensors file, or cut short ({error}). Copy or download it again."
-        ) from None

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from checkpoints.download import local_path
-from checkpoints.huggingface import CONFIG, read_folder
+from checkpoints.files import few
+from checkpoints.huggingface import CONFIG, TENSOR_FILES, adopt, is_foreign, read_folder
 from checkpoints.protocol import RetrievalModel
 from checkpoints.runs import BEST, find_runs
 from checkpoints.weights import (
@@ -18,7 +19,6 @@ from checkpoints.weights import (
     QUEUES,
     TWINS,
     WeightFile,
-    few,
     read_sizes,
     read_weights,
     require_equal_sizes,
@@ -53,11 +53,14 @@ class LoadReport:
 
 
 def open_weights(source: str, cache_dir: str = "") -> WeightFile:
-    """Weights from a `.pth`'s path, address or released name, from a run folder, or from a Hugging Face folder.
+    """Weights from a file's path, address or released name, from a run folder, or from a Hugging Face folder.
 
     Of a run folder it takes the best weights or, before there are any, the newest save.
     """
     path = local_path(source, cache_dir)
+    inside = [path / name for name in TENSOR_FILES if (path / name).exists()]
+    if path.is_dir() and inside and not (path / CONFIG).exists():
+        path = inside[0]
     if path.is_dir() and not (path / CONFIG).exists():
         saves = [save for save in (path / BEST, *find_runs(path)) if save.exists()]
         if not saves:
@@ -66,7 +69,10 @@ def open_weights(source: str, cache_dir: str = "") -> WeightFile:
                 "nor another save)."
             )
         return read_weights(saves[0])
-    return read_folder(path) if path.is_dir() else read_weights(path)
+    if path.is_dir():
+        return read_folder(path)
+    file = read_weights(path)
+    return adopt(file, path.parent) if is_foreign(file) else file
 
 
 def load_pretrained(model: RetrievalModel, source: str, cache_dir: str = "") -> LoadReport:

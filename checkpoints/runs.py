@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from checkpoints.files import DamagedFile, few, read_pth
 from checkpoints.protocol import RetrievalModel
-from checkpoints.weights import DamagedFile, few, read_pth
 from configs.schema import RENAMED, RetrievalConfig
 from utils import code_version, get_world_size, is_main
 

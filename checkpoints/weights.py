@@ -1,16 +1,15 @@
-"""What a file of BLIP weights holds: a safe reader of `.pth`, official key names, sizes read from shapes, resampling.
+"""BLIP weights under official names: what retrieval ignores, sizes read from shapes, resampled position embeddings.
 
 Sources: the published checkpoints (https://github.com/salesforce/BLIP) and BLIP's `models/vit.py` for how position
-embeddings are resampled. Nothing in a file is ever executed: `torch.load(weights_only=True)`, always.
+embeddings are resampled.
 
 Shapes: N = 1 + g^2 image tokens ([CLS] first) of a g x g grid, V image width, E embedding width.
 """
 
 import hashlib
+import logging
 import math
-import pickle
 import re
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from checkpoints.files import few, read_tensors
 from configs.sizes import VIT_SIZES
+
+log = logging.getLogger(__name__)
 
 # Parts of the pre-training model, and a pooler that BLIP never trains: retrieval has no use for them.
 IGNORED_PARTS = ("text_decoder.", "text_decoder_m.", "text_encoder.pooler.", "text_encoder_m.pooler.")
@@ -31,11 +33,9 @@ QUEUES = ("image_queue", "text_queue", "idx_queue", "ptr_queue", "queue_ptr")
 # May be absent together: then they start at the online weights.
 TWINS = ("visual_encoder_m.", "vision_proj_m.", "text_encoder_m.", "text_proj_m.")
 POS_EMBEDS = ("visual_encoder.pos_embed", "visual_encoder_m.pos_embed")
-WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
-
-
-class DamagedFile(ValueError):
-    """The file is not, or no longer, a checkpoint."""
+COMPILED = "_orig_mod."  # torch.compile's, anywhere in a name
+# One tensor of every BLIP, by its official and its Hugging Face name: what stands before it is a wrapper's prefix.
+ANCHORS = ("visual_encoder.cls_token", "vision_model.embeddings.class_embedding")
 
 
 @dataclass
@@ -59,76 +59,18 @@ class WeightFile:
         return "BLIP already fine-tuned for retrieval" if "idx_queue" in self.state else "weights of a retrieval model"
 
 
-# ---- reading --------------------------------------------------------------------------------------------------------
-
-
-def read_pth(path: Path, check_sums: bool = False) -> dict[str, Any]:
-    """Everything in a `.pth`, tensors on the CPU and mapped from the file where its format allows.
-
-    `check_sums` compares the CRC-32 of every record, which torch.load does not. DamagedFile if it is no checkpoint,
-    ValueError if it holds objects other than tensors and plain values.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such file.")
-    try:
-        with open(path, "rb") as file:
-            head = file.read(512)
-        _refuse_text(path, head)
-        zipped = head.startswith(b"PK")  # the format since PyTorch 1.6
-        broken = zipfile.ZipFile(path).testzip() if check_sums and zipped else None
-        if broken:
-            raise DamagedFile(f"{path}: damaged, the checksum of its record {broken} is wrong.")
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except (DamagedFile, MemoryError):
-        raise
-    except Exception as error:  # torch and zipfile raise many kinds for cut or random bytes
-        raise _explained(path, error) from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: holds a {type(data).__name__}, not a checkpoint's dictionary.")
-    return data
-
-
-def _explained(path: Path, error: Exception) -> ValueError:
-    foreign = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-    if foreign:
-        return ValueError(
-            f"{path}: holds {foreign[1]} besides tensors and plain values. Loading that could run any code, so it is "
-            "refused. If you trust where the file comes from, write its weights alone to another one: torch.save("
-            f"{{'model': torch.load({path.name!r}, weights_only=False)['model']}}, 'weights.pth')."
-        )
-    reason = f" ({error.strerror})" if isinstance(error, OSError) else ""  # torch's own words speak of its internals
-    return DamagedFile(f"{path}: not a PyTorch checkpoint, or cut short{reason}. Copy or download it again.")
-
-
-def _refuse_text(path: Path, head: bytes) -> None:
-    start = head.lstrip().lower()
-    if not head:
-        raise DamagedFile(f"{path}: the file is empty. Copy or download it again.")
-    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        raise DamagedFile(
-            f"{path}: a web page, not a checkpoint: the address answered with a log-in or error page. Open it in a "
-            "browser, download the file itself, and give its path."
-        )
-    if start.startswith(b"version https://git-lfs"):
-        raise DamagedFile(f"{path}: a Git LFS pointer, not the file itself. Run `git lfs pull` where it was cloned.")
-
-
 def read_weights(path: Path) -> WeightFile:
-    """The weights of a `.pth`: under `model` as BLIP saves them, or the whole file is a dictionary of tensors."""
-    data = read_pth(path)
-    state = data.get("model", data)
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(
-            f"{path}: holds no weights: neither a dictionary of tensors nor one under 'model'. Its keys: {few(data)}."
-        )
-    extra = {key: value for key, value in data.items() if key != "model"} if "model" in data else {}
+    """The weights of a `.pth`, `.bin` or `.safetensors`, under official names."""
+    state, extra = read_tensors(path)
     return WeightFile(str(path), *official_names(state), extra)
 
 
 def official_names(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """(state, ignored keys): without wrappers' prefixes and without what retrieval ignores. Queues stay."""
-    for prefix in WRAPPERS:
-        if all(key.startswith(prefix) for key in state):
+    state = {key.replace(COMPILED, ""): value for key, value in state.items()}
+    for anchor in ANCHORS:
+        prefix = next((key.removesuffix(anchor) for key in state if key.endswith(f".{anchor}")), "")
+        if prefix and all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     ignored = [key for key in state if key.startswith(IGNORED_PARTS) or key.split(".")[-1] in IGNORED_BUFFERS]
     return {key: value for key, value in state.items() if key not in set(ignored)}, ignored
@@ -226,12 +168,6 @@ def _grid(tokens: int, name: str) -> int:
             f"{name}: {tokens - 1} patch positions do not form a square grid; only square images are supported."
         )
     return side
-
-
-def few(keys: Iterable[object], limit: int = 10) -> str:
-    """The first keys, and how many more there are."""
-    words = [str(key) for key in keys]
-    return ", ".join(words[:limit]) + (f" and {len(words) - limit} more" if len(words) > limit else "")
 
 
 # ---- position embeddings --------------------------------------------------------------------------------------------

@@ -22,6 +22,11 @@ BAD_SAMPLE = ("error", "skip")
 ALPHA = ("", "white")
 RENAMED = {"on_bad_image": "on_bad_sample"}  # keys of before, which still work
 PRECISIONS = ("fp32", "tf32", "bf16")
+# Keys of LAVIS's sections that mean the same here, some under another name.
+LAVIS_KEYS = (
+    "vit", "image_size", "queue_size", "momentum", "alpha", "negative_all_rank", "vit_grad_ckpt", "vit_ckpt_layer",
+    "init_lr", "min_lr", "weight_decay", "max_epoch", "batch_size_train", "batch_size_test", "k_test",
+)  # fmt: skip
 KIND_NAMES = {
     str: "text (put quotes around it)",
     int: "a whole number",
@@ -275,7 +280,23 @@ def _nearest(word: Any, known: Iterable[str]) -> str:
     return f", did you mean '{close[0]}'?" if close else ""
 
 
+def _refuse_lavis(where: str, values: Mapping[str, Any]) -> None:
+    """LAVIS's YAML has the sections model, datasets and run; say what its values are called here."""
+    model, datasets, run = (values.get(name) for name in ("model", "datasets", "run"))
+    if not (isinstance(model, dict) and isinstance(datasets, dict) and isinstance(run, dict)):
+        return
+    names = {"vit_type": "vit", "batch_size_eval": "batch_size_test"}
+    found = {names.get(key, key): value for key, value in [*model.items(), *run.items()]}
+    keys = ", ".join(f"{key}: {found[key]}" for key in LAVIS_KEYS if key in found)
+    data = "flickr" if any("flickr" in str(name) for name in datasets) else "coco"
+    raise ValueError(
+        f"{where}: a LAVIS config, with the sections model, datasets and run. Use configs/retrieval_{data}.yaml"
+        f"{f' with {keys}' if keys else ''}"
+    )
+
+
 def _check_keys(where: str, keys: Mapping[str, Any]) -> None:
+    _refuse_lavis(where, keys)
     for key in keys:
         if key not in _docs():
             hint = _nearest(key, _docs()) or ": remove it (configs/schema.py lists every key)"

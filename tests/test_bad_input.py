@@ -224,6 +224,8 @@ BAD = {
     "files of another data set": (options("dataset=coco"), ["train_file", "custom"]),
     "device": (lambda folder, patch: ["--device", "tpu"], ["--device tpu", "cpu"]),
     "cuda without one": (lambda folder, patch: ["--device", "cuda"], ["--device cuda"]),
+    "config of LAVIS": (config("model: {vit_type: base}\ndatasets: {coco: 1}\nrun: {max_epoch: 6}\n"),
+                        ["bad.yaml", "LAVIS", "configs/retrieval_coco.yaml", "max_epoch: 6"]),
     # text encoder
     "no med_config": (options("med_config=absent.json"), ["med_config", "absent.json"]),
     "med_config is a folder": (options("med_config={}"), ["directory"]),

@@ -1,19 +1,23 @@
 """Published checkpoints: key contract, what is loaded, resampled, seeded and ignored, and what each wrong file says."""
 
+import argparse
 import logging
 import os
 import pickle
+import re
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch.nn import functional as F
 
 from checkpoints.__main__ import main
+from checkpoints.files import DamagedFile, read_pth
 from checkpoints.load import load_pretrained
-from checkpoints.weights import DamagedFile, read_pth, resample_pos_embed
+from checkpoints.weights import resample_pos_embed
 from models.blip_retrieval import BLIP_Retrieval
 from tests.conftest import tiny_med, tiny_model
 
@@ -132,7 +136,7 @@ def test_twins_are_seeded_when_the_file_has_none(tmp_path, caplog):
     assert "twins start at the online weights" in caplog.text
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.", "model.module._orig_mod.net."])
 @pytest.mark.parametrize("zipped", [True, False])
 def test_bare_prefixed_and_legacy_files(tmp_path, prefix, zipped):
     source, model = trained(small_model()), small_model()
@@ -140,6 +144,43 @@ def test_bare_prefixed_and_legacy_files(tmp_path, prefix, zipped):
     torch.save(state, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
     load_pretrained(model, str(tmp_path / "a.pth"))
     assert torch.equal(model.temp, source.temp)
+
+
+def average(state: dict) -> dict:
+    return {key: value + 1 for key, value in state.items()}
+
+
+WRAPPED = {
+    "Lightning": lambda state: {"state_dict": {f"model.{key}": value for key, value in state.items()}, "epoch": 3,
+                                "pytorch-lightning_version": "2.5", "optimizer_states": [], "callbacks": {}},
+    "DeepSpeed": lambda state: {"module": state, "dp_world_size": 2, "mp_world_size": 1},
+    "an average beside": lambda state: {"model": state, "model_ema": average(state), "epoch": 1},
+    "an average alone": lambda state: {"state_dict_ema": {f"module.{key}": value for key, value in state.items()}},
+    "an average in a wrapper": lambda state: {"ema": {"module": state, "updates": 7}},
+    "compiled inside": lambda state: {"model": {key.replace("blocks.", "blocks._orig_mod."): value
+                                                for key, value in state.items()}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_wrapped_weights_are_unwrapped(tmp_path, name, caplog):
+    source, model = trained(small_model()), small_model()
+    torch.save(WRAPPED[name](official_state(source)), tmp_path / "a.pth")
+    with caplog.at_level(logging.INFO):
+        load_pretrained(model, str(tmp_path / "a.pth"))
+    for key, value in model.state_dict().items():
+        assert key in QUEUE_KEYS or torch.equal(source.state_dict()[key], value), key
+    assert ("those under model_ema are not used" in caplog.text) == (name == "an average beside")
+
+
+def test_official_names_in_a_safetensors_file(tmp_path):
+    source, model = trained(small_model()), small_model()
+    save_file({key: value.clone() for key, value in official_state(source).items()}, tmp_path / "a.safetensors")
+    load_pretrained(model, str(tmp_path / "a.safetensors"))
+    assert torch.equal(model.temp, source.temp)
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:5000])
+    with pytest.raises(DamagedFile, match="cut.safetensors: not a safetensors file, or cut short"):
+        load_pretrained(model, str(tmp_path / "cut.safetensors"))
 
 
 def test_half_precision_file_is_loaded_in_full_precision(tmp_path):
@@ -231,6 +272,22 @@ def test_pickled_objects_are_refused_and_not_run(tmp_path, zipped):
     with pytest.raises(ValueError, match="holds (posix|os).mkdir.*refused"):
         load_pretrained(small_model(), str(tmp_path / "a.pth"))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("holder", ["model", "state_dict", "module", ""])
+def test_the_remedy_for_a_refused_file_fits_it(tmp_path, holder, zipped, monkeypatch):
+    """The printed command makes a file that loads."""
+    source = trained(small_model())
+    data = {"epoch": 1, holder: official_state(source), "args": argparse.Namespace(model="b")} if holder else source
+    torch.save(data, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match="is refused") as error:
+        load_pretrained(small_model(), str(tmp_path / "a.pth"))
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"torch\.save\(.*\)", str(error.value))[0], {"torch": torch})
+    model = small_model()
+    load_pretrained(model, "weights.pth")
+    assert torch.equal(model.temp, source.temp)
 
 
 def damaged_files(folder: Path) -> dict[str, str]:

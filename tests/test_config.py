@@ -44,6 +44,20 @@ def test_blip_yaml_loads_unchanged(name, k_test, all_rank):
     assert cfg.pretrained.endswith(f"model_base_retrieval_{name}.pth") and cfg.finetuned == ""
 
 
+LAVIS = """
+model: {arch: blip_retrieval, model_type: coco, queue_size: 57600, vit_type: large, image_size: 384}
+datasets: {flickr30k: {vis_processor: {}}}
+run: {task: retrieval, init_lr: 1e-5, max_epoch: 6, batch_size_eval: 64, k_test: 256, seed: 42}
+"""
+
+
+def test_a_lavis_config_is_answered_with_what_to_use(tmp_path):
+    (tmp_path / "ret.yaml").write_text(LAVIS)
+    with pytest.raises(ValueError, match="ret.yaml: a LAVIS config.*Use configs/retrieval_flickr.yaml with") as error:
+        load_config(tmp_path / "ret.yaml")
+    assert "vit: large, image_size: 384, queue_size: 57600, init_lr: 1e-05, max_epoch: 6" in str(error.value)
+
+
 def test_every_documented_key_exists_and_has_one_line_of_documentation():
     assert sorted(knob.name for knob in fields(RetrievalConfig)) == sorted(BLIP_KEYS + OWN_KEYS)
     for knob in fields(RetrievalConfig):

@@ -12,7 +12,8 @@ import torch
 
 from checkpoints import download
 from checkpoints.download import cache_folder, local_path
-from checkpoints.weights import DamagedFile, read_weights
+from checkpoints.files import DamagedFile
+from checkpoints.weights import read_weights
 from tests.local_server import CONTENT, Handler, html_reply
 
 fork = multiprocessing.get_context("fork")

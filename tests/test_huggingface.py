@@ -1,23 +1,27 @@
 """Hugging Face folders: transformers' own class computes the same on an exported one, and round trips are exact."""
 
+import argparse
 import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import BlipForImageTextRetrieval
+from transformers import BlipForImageTextRetrieval, BlipProcessor
 
 from checkpoints.__main__ import export_folder, import_folder, main
+from checkpoints.files import DamagedFile
 from checkpoints.load import load_pretrained
-from checkpoints.weights import DamagedFile
 from configs.sizes import MedConfig
 from models.blip_retrieval import BLIP_Retrieval, as_match_input
 from tests.conftest import tiny_med, tiny_model
-from transform.text import tokenize
+from transform.image import STD, eval_transform
+from transform.text import ENC, tokenize
 
 SMALL = {"vocab_size": 50, "max_position_embeddings": 40}
 
@@ -162,7 +166,7 @@ def test_heads_that_the_folder_names_are_compared(foreign):
 
 
 @pytest.mark.parametrize(("edit", "words"), [
-    (lambda folder: (folder / "config.json").unlink(), "neither a Hugging Face folder"),
+    (lambda folder: [path.unlink() for path in folder.iterdir()], "neither a Hugging Face folder"),
     (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
     (lambda folder: (folder / "config.json").write_text("[]"), "describes no BLIP model"),
     (lambda folder: change(folder, lambda c: c.update(architectures=["BlipForConditionalGeneration"])),
@@ -170,7 +174,8 @@ def test_heads_that_the_folder_names_are_compared(foreign):
     (lambda folder: change(folder, lambda c: c.update(model_type="bert")), "only BlipForImageTextRetrieval"),
     (lambda folder: change(folder, lambda c: c["text_config"].update(hidden_act="relu")), "hidden_act is 'relu'"),
     (lambda folder: change(folder, lambda c: c["text_config"].update(hidden_size="wide")), "transformers refuses it"),
-    (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "but pytorch_model.bin: save"),
+    (lambda folder: (folder / "model.safetensors").rename(folder / "model.safetensors.index.json"),
+     "has neither model.safetensors nor pytorch_model.bin but model.safetensors.index.json: save it again"),
     (lambda folder: (folder / "model.safetensors").write_bytes(b"\x10" + bytes(7) + b"{"), "cut short"),
     (lambda folder: save_file({"fusion.weight": torch.ones(1)}, folder / "model.safetensors"), "1 tensors are not"),
     (lambda folder: save_file({"itm_head.bias": torch.ones(2)}, folder / "model.safetensors"), "it has no tensor"),
@@ -228,7 +233,7 @@ def test_interrupted_export_leaves_the_former_folder(tmp_path, monkeypatch):
     model = tiny_model(med_config=tiny_med(**SMALL))
     source = save(tmp_path / "a.pth", model, **with_config(model))
     export_folder(source, tmp_path / "hf")
-    before = (tmp_path / "hf" / "model.safetensors").read_bytes()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
 
     def full(tensors, path, metadata):
         Path(path).write_bytes(b"half")
@@ -236,5 +241,48 @@ def test_interrupted_export_leaves_the_former_folder(tmp_path, monkeypatch):
 
     monkeypatch.setattr("checkpoints.huggingface.save_file", full)
     assert main(["export", source, str(tmp_path / "hf")]) == 2
-    assert (tmp_path / "hf" / "model.safetensors").read_bytes() == before
-    assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == ["config.json", "model.safetensors"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()} == before
+
+
+def test_transformers_processor_prepares_the_same_inputs(tmp_path):
+    model = tiny_model(med_config=tiny_med(), image_size=64)
+    export_folder(save(tmp_path / "a.pth", model, **with_config(model)), tmp_path / "hf")
+    processor = BlipProcessor.from_pretrained(tmp_path / "hf", local_files_only=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
+    image = Image.fromarray(pixels).resize((90, 60), Image.Resampling.BICUBIC)
+    captions = ["a red ball", "two small dogs under a large street table"]
+    theirs = processor(images=[image] * 2, text=captions, padding=True, max_length=None, return_tensors="pt")
+    ours = tokenize(captions)
+    assert torch.equal(theirs["input_ids"], ours.input_ids)
+    assert torch.equal(theirs["attention_mask"], ours.attention_mask)
+    one_level = 1 / 255 / min(STD) + 1e-5
+    torch.testing.assert_close(theirs["pixel_values"][0], eval_transform(64)(image), rtol=0, atol=one_level)
+    assert processor.tokenizer.convert_tokens_to_ids("[ENC]") == ENC
+
+
+@pytest.mark.parametrize("kind", ["bin in a folder", "bin alone", "safetensors alone", "safetensors without config"])
+def test_files_of_a_folder_load_by_themselves(tmp_path, kind, caplog):
+    model = tiny_model(med_config=tiny_med(num_attention_heads=1, **SMALL))
+    export_folder(save(tmp_path / "a.pth", model, **with_config(model)), tmp_path / "hf")
+    tensors = tmp_path / "hf" / "model.safetensors"
+    if kind.startswith("bin"):
+        torch.save(load_file(tensors), tmp_path / "hf" / "pytorch_model.bin")
+        tensors.unlink()
+        tensors = tmp_path / "hf" / "pytorch_model.bin"
+    if kind.endswith("without config"):
+        (tmp_path / "hf" / "config.json").unlink()
+    source = tensors.parent if kind.endswith("folder") else tensors
+    other = tiny_model(med_config=tiny_med(num_attention_heads=1, **SMALL))
+    load_pretrained(other, str(source))
+    assert torch.equal(other.vision_proj.weight, model.vision_proj.weight)
+    assert ("gives no temperature" in caplog.text) == kind.endswith("without config")
+    assert kind.endswith("without config") or torch.equal(other.temp, model.temp)
+    if kind.endswith("without config"):
+        load_pretrained(other, str(tmp_path / "hf"))  # a folder with nothing but the tensors
+
+
+def test_a_refused_pickle_in_a_folder_names_the_remedy(tmp_path):
+    (tmp_path / "hf").mkdir()
+    torch.save({"model": torch.ones(1), "args": argparse.Namespace()}, tmp_path / "hf" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pytorch_model.bin: holds argparse.Namespace besides tensors"):
+        load_pretrained(tiny_model(), str(tmp_path / "hf"))

@@ -10,7 +10,7 @@ MAY_IMPORT = {
     "configs": set(),
     "transform": set(),
     "utils": set(),
-    "checkpoints": {"configs", "utils"},
+    "checkpoints": {"configs", "transform", "utils"},
     "data": {"checkpoints", "configs", "transform", "utils"},  # of checkpoints, the downloader
     "models": {"checkpoints", "configs", "transform", "utils"},
     "retrieval": {"models", "data", "checkpoints", "configs", "transform", "utils"},

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from checkpoints import runs
+from checkpoints.files import DamagedFile
 from checkpoints.load import load_pretrained
 from checkpoints.runs import RunState, find_runs, load_run, resume, save_checkpoint, save_run
-from checkpoints.weights import DamagedFile
 from configs.schema import RetrievalConfig
 from models.blip_retrieval import BLIP_Retrieval
 from tests.conftest import tiny_med, tiny_model
