@@ -25,6 +25,7 @@ def places(candidates: np.ndarray, scores: np.ndarray, query_ids: np.ndarray, ga
             f"{np.count_nonzero(~np.isfinite(scores))} of {scores.size} scores are not finite: the weights are broken "
             "(a diverged run, or a checkpoint that does not fit), so no Recall exists."
         )
+    candidates = candidates.astype(np.int64)  # NOT_FOUND has no place among 32-bit indices
     right = gallery_ids[candidates] == query_ids[:, None]  # (Q, k)
     best = np.where(right, scores, -np.inf).max(1, keepdims=True)  # (Q, 1)
     first = np.where(right & (scores == best), candidates, NOT_FOUND).min(1, keepdims=True)  # (Q, 1) gallery index

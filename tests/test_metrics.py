@@ -31,8 +31,9 @@ def test_several_images_of_one_id_are_all_right():
     assert places(*dense([[0.2, 0.9, 0.5]]), np.array([5]), images).tolist() == [0]
 
 
-def test_order_of_the_shortlist_does_not_matter_and_ties_go_to_the_lower_index():
-    candidates, scores = np.array([[3, 1, 0]]), np.array([[0.5, 0.5, 0.5]])
+@pytest.mark.parametrize("kind", [np.int32, np.int64])  # a shortlist has 32-bit indices
+def test_order_of_the_shortlist_does_not_matter_and_ties_go_to_the_lower_index(kind):
+    candidates, scores = np.array([[3, 1, 0]], kind), np.array([[0.5, 0.5, 0.5]])
     assert [places(candidates, scores, np.array([q]), IDS)[0] for q in range(4)] == [0, 1, NOT_FOUND, 2]
 
 
