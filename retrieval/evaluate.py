@@ -12,6 +12,7 @@ from models.blip_retrieval import BLIP_Retrieval
 from retrieval.metrics import chance_metrics, recall_table, retrieval_metrics, within_noise
 from retrieval.provenance import RANDOM, Origin, Provenance, log_head
 from retrieval.published import compare, published_metrics
+from retrieval.rankings import Rankings, keep, save_rankings
 from retrieval.rerank import own_blocks, rerank
 from utils import NotFinite, Stopped, StopSignal, is_main, never_stop, precision, record
 
@@ -26,7 +27,7 @@ def evaluate_only(
     weights: tuple[str, str],
     seed: int,
 ) -> None:
-    """Load the weights, evaluate the splits, and append one JSON line to `evaluate.txt` in `folder`.
+    """Load the weights, evaluate the splits, append one JSON line to `evaluate.txt` in `folder`, and keep the rankings.
 
     `weights`: the checkpoint ('' = random weights) and why it is this one. Stopped with the words for the user when a
     stop signal came; the file is then as it was.
@@ -37,10 +38,13 @@ def evaluate_only(
     if source:
         origin = Origin(source, load_pretrained(model, source, cfg.cache_dir).kind)
     stats: dict[str, float] = {}
+    kept: list[Rankings] = []
     with StopSignal() as stop:
         try:
             for split, annotations in splits.items():
-                stats |= evaluate(model, cfg, annotations, split, stop.poll, source)
+                numbers, rankings = evaluate(model, cfg, annotations, split, stop.poll, source)
+                stats |= numbers
+                kept.append(rankings)
                 if warning := chance_warning(annotations, split, stats):
                     log.warning("warning: %s", warning)
         except (Stopped, RuntimeError) as error:
@@ -51,7 +55,10 @@ def evaluate_only(
     log.info("these numbers are of %s (%s)", source or "random weights", why)
     if is_main():
         provenance = Provenance(cfg, splits, seed, model.temp.device)
-        record(folder / "evaluate.txt", provenance.row("evaluate", stats, model, splits, origin))
+        row = provenance.row("evaluate", stats, model, splits, origin)
+        record(folder / "evaluate.txt", row)
+        for rankings in kept:
+            save_rankings(folder, rankings, row)
 
 
 def evaluate(
@@ -61,8 +68,8 @@ def evaluate(
     split: str,
     poll: Callable[[], None] = never_stop,
     source: str = "",
-) -> dict[str, float]:
-    """Recall of one split in percent, keys prefixed `val_` or `test_`; NotFinite when a score is not finite.
+) -> tuple[dict[str, float], Rankings]:
+    """Recall of one split in percent, keys prefixed `val_` or `test_`, and its rankings; NotFinite for a bad score.
 
     BLIP's nine keys are of the re-ranked lists; `itc_*` the same from contrast alone, `chance_*` by a random order.
     `source`: where the weights were loaded from; the log compares a released file with its published numbers.
@@ -91,7 +98,8 @@ def evaluate(
     if published:
         log.info("%s", compare(itm, published))
     kinds = {"": itm, "itc_": itc, "chance_": chance}
-    return {f"{split}_{kind}{k}": v for kind, metrics in kinds.items() for k, v in metrics.items()}
+    numbers = {f"{split}_{kind}{k}": v for kind, metrics in kinds.items() for k, v in metrics.items()}
+    return numbers, keep(ranking, annotations, split)
 
 
 def chance_warning(table: Annotations, split: str, stats: dict[str, float]) -> str:

@@ -76,10 +76,11 @@ def test_patience_ends_training_and_tests_the_best(tiny_run, capsys, monkeypatch
     values = iter([50.0, 40.0, 30.0, 20.0])
 
     def falling(model, cfg, annotations, split, poll):
-        return {f"{split}_r_mean": next(values) if split == "val" else 1.0}
+        return {f"{split}_r_mean": next(values) if split == "val" else 1.0}, None
 
     monkeypatch.setattr("training.loop.evaluate", falling)
     monkeypatch.setattr("training.loop.chance_warning", lambda *_: "")
+    monkeypatch.setattr("training.loop.save_rankings", lambda *_: None)
     more = ("--set", "max_epoch=9", "patience=2", "eval_before=false")
     assert run(tiny_run, *more) == 0
     rows = lines(tiny_run / "out" / "log.txt")

@@ -64,12 +64,14 @@ class Journal:
 
     def evaluated(
         self, kind: str, numbers: dict[str, Any], model: nn.Module, split: str, origin: Origin, step: int
-    ) -> None:
-        """A row of log.txt; `step`: steps of the run so far."""
+    ) -> dict[str, Any]:
+        """Write a row of log.txt, and return it; `step`: steps of the run so far."""
+        row: dict[str, Any] = {}
         if is_main():
             row = self.provenance.row(kind, numbers, model, [split], origin)
             record(self.folder / LOG, row)
             self._plot({key: row[key] for key in numbers if key.startswith(f"{split}_")}, split, step)
+        return row
 
     def step(self, step: int, epoch: int, numbers: dict[str, float]) -> None:
         """A row of steps.jsonl; `step`: steps of the run so far, this one included."""

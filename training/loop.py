@@ -19,6 +19,7 @@ from data.retrieval import TrainBatch
 from models.blip_retrieval import BLIP_Retrieval
 from retrieval.evaluate import chance_warning, evaluate
 from retrieval.provenance import RANDOM, Origin, log_head
+from retrieval.rankings import Rankings, save_rankings
 from training.compilation import compile_encoders
 from training.journal import Journal, read_log
 from training.memory import auto_keep_graphs
@@ -204,7 +205,7 @@ class TrainingRun:
         if not self.cfg.eval_before or self.state.epoch or self.state.step or done:
             return
         try:
-            stats = {"epoch": -1, **self.evaluate("val")}
+            stats = {"epoch": -1, **self.evaluate("val")[0]}
         except Stopped:
             self.save()
             raise
@@ -215,7 +216,8 @@ class TrainingRun:
     def validate(self) -> None:
         """Validate the trained epoch, keep the best weights, log the epoch's line, and go to the next epoch."""
         state, epoch = self.state, self.state.epoch
-        stats = self.train_stats | self.evaluate("val")
+        numbers, rankings = self.evaluate("val")
+        stats = self.train_stats | numbers
         if warning := chance_warning(self.job.splits["val"], "val", stats):
             self.warnings.warn("chance", warning)
         mean, before = stats["val_r_mean"], state.best
@@ -227,7 +229,9 @@ class TrainingRun:
         else:
             log.info("val_r_mean %.2f; the best is still %.2f of epoch %d", mean, before, state.best_epoch)
         row = {"epoch": epoch, **stats, "best_epoch": state.best_epoch}
-        self.journal.evaluated("epoch", row, self.model, "val", Origin(), (epoch + 1) * self.steps)
+        row = self.journal.evaluated("epoch", row, self.model, "val", Origin(), (epoch + 1) * self.steps)
+        if state.best_epoch == epoch and is_main():
+            save_rankings(self.folder, rankings, row)
         state.epoch, state.step, state.meters = epoch + 1, 0, {}
         self.save()
         barrier()
@@ -237,16 +241,19 @@ class TrainingRun:
     def test(self) -> None:
         """The test split with the best weights."""
         load_pretrained(self.model, str(self.folder / BEST))
-        row = {"best_epoch": self.state.best_epoch, **self.evaluate("test")}
-        self.journal.evaluated("test", row, self.model, "test", Origin(BEST), self.state.epoch * self.steps)
+        numbers, rankings = self.evaluate("test")
+        row = {"best_epoch": self.state.best_epoch, **numbers}
+        row = self.journal.evaluated("test", row, self.model, "test", Origin(BEST), self.state.epoch * self.steps)
+        if is_main():
+            save_rankings(self.folder, rankings, row)
         log.info("the best epoch was %d; weights, log and config are in %s", self.state.best_epoch, self.folder)
 
-    def evaluate(self, split: str) -> dict[str, float]:
+    def evaluate(self, split: str) -> tuple[dict[str, float], Rankings]:
         start = time.monotonic()
-        numbers = evaluate(self.model, self.cfg, self.job.splits[split], split, self.stop.poll)
+        found = evaluate(self.model, self.cfg, self.job.splits[split], split, self.stop.poll)
         if split == "val":
             self.clock.validation = time.monotonic() - start
-        return numbers
+        return found
 
 
 def start_run(
