@@ -1,5 +1,5 @@
-# make demo: train and evaluate the embedded data set; make pictures: draw what it finds, after a demo; make test: the
-# test suite. Each sets up .venv by itself.
+# make demo: train and evaluate the embedded data set; make pictures: draw what it finds, after a demo (needs chromium);
+# make test: the test suite. Each sets up .venv by itself.
 
 PYTHON ?= python3
 # One process may use every core; torch by itself may take fewer.
@@ -8,7 +8,9 @@ export OMP_NUM_THREADS := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN
 endif
 
 INSTALLED := .venv/installed
+EXTRAS := requirements-tensorboard.txt requirements-report.txt
 DEMO := output/retrieval_scenes
+CHROMIUM ?= chromium
 
 .PHONY: demo pictures test test-slow lint
 
@@ -17,6 +19,10 @@ demo: $(INSTALLED)
 
 pictures: $(INSTALLED) $(DEMO)/checkpoint_best.pth
 	.venv/bin/python -m reports.pictures $(DEMO) docs/pictures
+	.venv/bin/python report.py curves $(DEMO) -o docs/pictures/$(notdir $(DEMO))_curves.png
+	.venv/bin/python report.py $(DEMO)
+	$(CHROMIUM) --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1000,760 \
+	    --screenshot=docs/pictures/$(notdir $(DEMO))_report.png file://$(CURDIR)/$(DEMO)/report.html
 
 $(DEMO)/checkpoint_best.pth:
 	$(MAKE) demo
@@ -32,7 +38,7 @@ lint: $(INSTALLED)
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-$(INSTALLED): requirements.txt requirements-tensorboard.txt
+$(INSTALLED): requirements.txt $(EXTRAS)
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install -r requirements.txt -r requirements-tensorboard.txt
+	.venv/bin/python -m pip install $(patsubst %,-r %,$^)
 	touch $@

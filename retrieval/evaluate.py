@@ -92,7 +92,7 @@ def evaluate(
         raise NotFinite(f"{annotations.name}: {error}") from None
     chance = chance_metrics(*ids)
     rankings = {"re-ranked (ITM)": itm, "contrast (ITC)": itc, "chance": chance}
-    published = published_metrics(source, cfg.dataset, split, annotations)
+    published = published_metrics(source, cfg.dataset, split, num_images, len(annotations.captions))
     for line in recall_table(annotations.name, rankings | ({"published": published} if published else {})):
         log.info("%s", line)
     if published:

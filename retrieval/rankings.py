@@ -11,6 +11,7 @@ import json
 import os
 import zipfile
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +70,18 @@ class Rankings:
         """Gallery indices of the right answers of a query."""
         ids = (self.image_ids, self.caption_ids) if way == "txt" else (self.caption_ids, self.image_ids)
         return np.flatnonzero(ids[1] == ids[0][query])
+
+    @cached_property
+    def _captions_by_image(self) -> list[list[str]]:
+        found: list[list[str]] = [[] for _ in self.images]
+        for index, caption in zip(self.caption_image.tolist(), self.captions, strict=True):
+            if index >= 0:
+                found[index].append(caption)
+        return found
+
+    def captions_of(self, image: int) -> list[str]:
+        """The captions that were written for an image."""
+        return self._captions_by_image[image]
 
     def hits(self, way: str, k: int, order: str = "itm") -> np.ndarray:
         """(queries asked,) bool: whether a right answer is among the first k."""

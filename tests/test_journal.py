@@ -9,14 +9,12 @@ import time
 from dataclasses import replace
 
 import pytest
-import torch
 
 import utils
 from checkpoints.download import RELEASED, RELEASES
 from checkpoints.weights import weights_sha256
 from configs.datasets import DATASETS
 from configs.schema import RetrievalConfig
-from data.annotations import Annotations
 from models import load
 from retrieval import published
 from retrieval.provenance import rounded
@@ -190,7 +188,8 @@ def test_the_console_file_says_how_the_run_ended_as_the_screen_does():
 def test_evaluate_opens_with_the_same_head_and_writes_no_console_file(tiny_run, capsys):
     assert run(tiny_run, "--evaluate", "--random_weights") == 0
     assert f"code {utils.code_version()}; Python " in capsys.readouterr().err
-    assert [path.name for path in (tiny_run / "out").iterdir()] == ["evaluate.txt"]
+    names = sorted(path.name for path in (tiny_run / "out").iterdir())
+    assert names == ["evaluate.txt", "ranking_test.npz", "ranking_val.npz"]
 
 
 # ---------------------------------------------------------------- time
@@ -289,9 +288,8 @@ def test_published_numbers_are_those_of_the_documentation():
         texts, images = cells[:2] if dataset == "coco" else cells[2:]
         assert tuple(float(x) for cell in (texts, images) for x in cell.split(" / ")) == values
         assert name in RELEASED
-    table = Annotations("coco test", utils.REPOSITORY, ["a"] * 5000, torch.zeros(0), ["b"] * 25010, None)
     address = RELEASES + "model_base_retrieval_coco.pth"
-    assert published.published_metrics(address, "coco", "test", table)["txt_r1"] == 81.9
-    assert published.published_metrics(address, "coco", "val", table) == {}
-    assert published.published_metrics(address, "flickr", "test", table) == {}
-    assert published.published_metrics("", "coco", "test", table) == {}
+    assert published.published_metrics(address, "coco", "test", 5000, 25010)["txt_r1"] == 81.9
+    assert published.published_metrics(address, "coco", "val", 5000, 25010) == {}
+    assert published.published_metrics(address, "flickr", "test", 5000, 25010) == {}
+    assert published.published_metrics("", "coco", "test", 5000, 25010) == {}
