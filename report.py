@@ -1,7 +1,7 @@
 """See what a run learnt: a page about it, two runs compared, curves.
 
-python report.py RUN [--against RUN2] [-o report.html]    one HTML file (default: RUN/report.html)
-python report.py curves RUN... -o curves.svg|png          losses, learning rate and Recall of one or several runs
+python report.py RUN [--against RUN2] [--heatmaps] [-o report.html]    one HTML file (default: RUN/report.html)
+python report.py curves RUN... -o curves.svg|png                       losses and Recall of one or several runs
 """
 
 import argparse
@@ -21,13 +21,15 @@ def page(argv: Sequence[str]) -> Path:
     parser.add_argument("-o", "--out", type=Path, help="the page (default: RUN/report.html)")
     parser.add_argument("--split", default="", choices=("val", "test"), help="default: test, or else val")
     parser.add_argument("--cases", type=int, default=6, help="queries shown of each kind (default 6)")
+    parser.add_argument("--heatmaps", action="store_true", help="draw where matching looks, for the misses shown")
+    parser.add_argument("--device", default="cpu", help="for --heatmaps: cpu, cuda or cuda:N")
     parser.add_argument("--seed", type=int, default=0, help="decides which queries are drawn by chance")
     args = parser.parse_args(argv)
     from reports.report import Options, write_report
 
     if not args.run.is_dir():
         raise ValueError(f"{args.run}: there is no such folder: name the folder of a run.")
-    options = Options(args.split, args.cases, args.seed)
+    options = Options(args.split, args.cases, args.seed, args.heatmaps, args.device)
     return write_report(args.run, args.out or args.run / "report.html", args.against, options)
 
 

@@ -1,4 +1,4 @@
-"""Three arrangements of the tokens of many texts. The layers of `models/med.py` run on any of them.
+"""Four arrangements of the tokens of many texts. The layers of `models/med.py` run on any of them.
 
 A layer's linear parts take tokens in any layout; only attention must know which tokens belong together. That is what an
 arrangement knows, and all it knows:
@@ -7,6 +7,7 @@ arrangement knows, and all it knows:
     TrainingTexts   no padding in the linear layers; attention works on rectangles that tokens are scattered into,
                     which is cheap in both directions and needs few kernels: training
     ScoringTexts    no padding anywhere; one attention call for each length and each image: re-ranking, no gradient
+    HeatmapTexts    as PlainTexts, with the attention of one layer to the image as a tensor to differentiate by
 
 Shapes: P texts (one for each image-text pair when matching) of T tokens in all, L tokens of the longest, m images,
 n image tokens, D hidden width, H heads, d = D / H.
@@ -73,6 +74,25 @@ class PlainTexts:
 
     def attend_image(self, q: Tensor, k: Tensor, v: Tensor, heads: int, dropout: float) -> Tensor:
         return _attend(q, k, v, heads, dropout, None)
+
+
+class HeatmapTexts(PlainTexts):
+    """Keeps the probabilities of one layer's cross-attention, from which the graph of the layers above starts."""
+
+    attention: Tensor  # (P, H, L, n), after the layer has run
+
+    def __init__(self, attention_mask: Tensor | None, layer: int):
+        super().__init__(attention_mask)
+        self.layers_left = layer
+
+    def attend_image(self, q: Tensor, k: Tensor, v: Tensor, heads: int, dropout: float) -> Tensor:
+        self.layers_left -= 1
+        if self.layers_left != -1:
+            return super().attend_image(q, k, v, heads, dropout)
+        q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (P, H, L, d), (P, H, n, d)
+        scores = q @ k.transpose(2, 3) / q.shape[3] ** 0.5
+        self.attention = scores.softmax(-1).detach().requires_grad_()  # before dropout
+        return (F.dropout(self.attention, dropout) @ v).transpose(1, 2).flatten(2)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, dropout: float, mask: Tensor | None) -> Tensor:

@@ -25,6 +25,7 @@ from configs.schema import PRECISIONS, load_config
 from configs.sizes import VIT_SIZES, MedConfig, load_med_config
 from models.arrangements import TrainingTexts
 from models.blip_retrieval import BLIP_Retrieval
+from models.gradcam import Heatmap, word_heatmap
 from transform.image import AS_BLIP, PixelRule, eval_transform, to_rgb
 from transform.text import TokenizedText, clean_caption, tokenize
 from utils import find_path, precision
@@ -113,6 +114,16 @@ class Blip:
         """What evaluation ranks by, matching logit + cosine: (N, M), or (N,) when `pairwise`."""
         logits, cosine = self._logits(images, texts, pairwise)
         return logits[..., 1] + cosine
+
+    def picture(self, image: Picture) -> Image.Image:
+        """The RGB picture, before it becomes a square."""
+        return _open_rgb(image, self.rule)
+
+    def heatmap(self, image: Picture, text: str, layer: int | None = None) -> Heatmap:
+        """Where matching looks for each word of the text (`models/gradcam.py`); `layer` 0-based, default 7 of 12."""
+        with torch.no_grad(), precision(self.model, "fp32"):
+            pixels = self.pixels(image).to(self._device)
+            return word_heatmap(self.model, self.model.encode_image(pixels), clean_caption(text), layer)
 
     # ---- passes ---------------------------------------------------------------------------------------------------
 

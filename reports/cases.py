@@ -12,6 +12,7 @@ from retrieval.rankings import ABSENT, Rankings
 
 WAY_WORDS = {"txt": "image → text", "img": "text → image"}
 SHOWN = 5  # candidates of a case
+MISSES = ("Worst misses", "Near misses", "Lost by re-ranking")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,12 @@ class Case:
     found_itc: list[Candidate]
     place: int | None
     place_itc: int | None
+
+    @property
+    def pair(self) -> tuple[int, int]:
+        """Image and caption of the query and its first right answer."""
+        right = self.right[0]
+        return (self.image, right.caption) if self.way == "txt" else (right.image, self.caption)
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def draw(title: str, answers: Sequence[Answer], pictures: Sequence[Sequence[Imag
     """The sheet: a row for each answer, its sentence on the left of its pictures."""
     sheet = Image.new("RGB", (WIDTH, HEAD + ROW * len(answers)), "white")
     pen = ImageDraw.Draw(sheet)
-    pen.text((MARGIN, 20), title, PALE, _font(16))
+    pen.text((MARGIN, 20), title, PALE, font(16))
     for row, (query, images) in enumerate(zip(answers, pictures, strict=True)):
         top = HEAD + row * ROW
         pen.line((MARGIN, top, WIDTH - MARGIN, top), GREY)
@@ -98,22 +98,22 @@ def draw(title: str, answers: Sequence[Answer], pictures: Sequence[Sequence[Imag
             words = (f"P(match) {query.match[i]:.2f}", f"cosine {query.cosine[i]:.2f}")
             for line, text in enumerate(words):
                 where = corner[0] + SIDE // 2, corner[1] + SIDE + FRAME + 14 + 20 * line
-                pen.text(where, text, INK, _font(15), anchor="mm")
+                pen.text(where, text, INK, font(15), anchor="mm")
     return sheet
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=size)
 
 
 def _draw_sentence(pen: ImageDraw.ImageDraw, query: Answer, top: int) -> None:
     for size in (18, 15, 12, 10):  # the largest in which it does not reach the line below
-        lines, spacing = _wrap(query.sentence, _font(size), TEXT_WIDTH), size // 3
+        lines, spacing = _wrap(query.sentence, font(size), TEXT_WIDTH), size // 3
         if len(lines) * (size + spacing) <= SIDE:
             break
-    pen.multiline_text((MARGIN, top), "\n".join(lines), INK, _font(size), spacing=spacing)
+    pen.multiline_text((MARGIN, top), "\n".join(lines), INK, font(size), spacing=spacing)
     place = f"right picture: place {query.place}" if query.place else "right picture: not in\nthe shortlist"
-    pen.multiline_text((MARGIN, top + SIDE + FRAME + 7), place, PALE, _font(15))
+    pen.multiline_text((MARGIN, top + SIDE + FRAME + 7), place, PALE, font(15))
 
 
 def _draw_frame(pen: ImageDraw.ImageDraw, corner: tuple[int, int], right: bool) -> None:

@@ -20,7 +20,9 @@ from PIL import Image
 
 from configs.schema import load_config
 from data.images import ImageStore, open_store
+from models import load
 from reports.cases import (
+    MISSES,
     OUTCOME_WORDS,
     WAY_WORDS,
     Group,
@@ -31,6 +33,7 @@ from reports.cases import (
     outcomes,
 )
 from reports.curves import STYLE, as_inline_svg, draw_curves
+from reports.heatmaps import word_tiles
 from retrieval.metrics import KS, chance_metrics
 from retrieval.published import published_metrics
 from retrieval.rankings import WAYS, Rankings, load_rankings, rankings_file
@@ -41,7 +44,7 @@ from utils import Progress
 
 log = logging.getLogger("blip")
 
-THUMB = 144  # pixels, the longer side
+THUMB, HEAT = 144, 84  # pixels: a thumbnail's longer side, a word's map
 MOST_BYTES = 15_000_000  # of a page
 LENGTHS = ((1, 5), (6, 8), (9, 11), (12, 15), (16, 30))  # words of a caption
 PLACES = ((1, 1), (2, 5), (6, 10), (11, 20), (21, 50), (51, 100), (101, 10**9))
@@ -56,6 +59,8 @@ class Options:
     split: str = ""  # '' = test, or else val
     cases: int = 6  # queries shown of a kind
     seed: int = 0
+    heatmaps: bool = False  # draw where matching looks, for each word of the misses that are shown
+    device: str = "cpu"
 
 
 DEFAULTS = Options()
@@ -74,6 +79,8 @@ def write_report(run: Path, out: Path, against: Path | None = None, options: Opt
     thumbs = Thumbnails(run_store(run))
     if rankings is not None:
         parts |= describe(rankings, options)
+        if options.heatmaps:
+            parts["heat"] = draw_heat(run, parts["groups"], rankings, thumbs, options.device)
         if against is not None:
             other = load_rankings(rankings_file(against, rankings.split))
             parts["against"] = describe_difference(rankings, other, against.resolve().name, options)
@@ -227,6 +234,23 @@ def training_rows(run: Path) -> list[dict[str, Any]]:
     return [row for row in read_log(run / LOG) if "epoch" in row]
 
 
+def draw_heat(
+    run: Path, groups: list[tuple[str, list[Group]]], rankings: Rankings, thumbs: "Thumbnails", device: str
+) -> dict[tuple[int, int], list[tuple[str, str]]]:
+    """For (image, caption) of each shown miss: its words, and a map of each as a data URI."""
+    if thumbs.store is None:
+        raise ValueError(f"{run}: heatmaps need the pictures: see the warning above.")
+    blip, found = load(run, device), {}
+    pairs = {case.pair for _, list_ in groups for group in list_ if group.title in MISSES for case in group.cases}
+    progress = Progress("heatmaps", len(pairs), "pictures")
+    for image, caption in sorted(pairs):
+        picture = thumbs.store.load(rankings.images[image])
+        tiles = word_tiles(picture, blip.heatmap(picture, rankings.captions[caption]), HEAT)
+        found[image, caption] = [(word, as_data_uri(tile)) for word, tile in tiles]
+        progress.add(1)
+    return found
+
+
 # ---- page -----------------------------------------------------------------------------------------------------------
 
 
@@ -248,11 +272,15 @@ class Thumbnails:
             except (ValueError, OSError):
                 return -1
             image.thumbnail((THUMB, THUMB), Image.Resampling.LANCZOS)
-            buffer = io.BytesIO()
-            image.save(buffer, "JPEG", quality=80, optimize=True)
-            self.data[name] = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+            self.data[name] = as_data_uri(image)
             self.sizes[name] = image.size
         return list(self.data).index(name)
+
+
+def as_data_uri(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=80, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def render(parts: dict[str, Any], thumbs: Thumbnails) -> str:
@@ -264,7 +292,7 @@ def render(parts: dict[str, Any], thumbs: Thumbnails) -> str:
     environment.filters["percent"] = lambda value: f"{value:.2f}"
     drawings = {key: Markup(parts.get(key, "")) for key in ("curves", "histogram")}
     body = environment.get_template("report.html").render(
-        **{"rankings": None, "against": None, **parts, **drawings}, thumbs=thumbs, ks=KS, draws=DRAWS
+        **{"rankings": None, "against": None, "heat": {}, **parts, **drawings}, thumbs=thumbs, ks=KS, draws=DRAWS
     )
     pictures = Markup("").join(
         Markup('<image id="p{}" href="{}" width="{}" height="{}"/>').format(number, data, *thumbs.sizes[name])

@@ -16,7 +16,7 @@ from reports.cases import choose_groups, compare, false_negatives, outcomes
 from reports.report import MOST_BYTES
 from retrieval.rankings import keep, load_rankings, rankings_file, save_rankings
 from retrieval.rerank import Ranking, Shortlists
-from tests.conftest import make_tiny_run
+from tests.conftest import WORDS, make_tiny_run
 from tests.test_rankings import random_ranking
 from tests.test_statistics import rankings_of
 from tests.test_train import ROOT, lines, run
@@ -72,6 +72,18 @@ def test_a_part_of_a_run_gives_a_part_of_the_page(finished, tmp_path, kept):
     assert ("no kept rankings yet" in page) == ("ranking" not in " ".join(kept))
     assert ("<h2>Training</h2>" in page) == ("log.txt" in kept)
     assert ('class="gone"' in page) == ("config.yaml" not in kept)  # without a config, names stand for pictures
+
+
+def test_heatmaps_of_the_misses_that_are_shown(finished, tmp_path, capsys):
+    plain = page_of(finished, tmp_path)
+    page = page_of(finished, tmp_path, "--heatmaps", "--cases", "2")
+    maps = re.findall(r'<figure><img src="data:image/jpeg;base64,[^"]+" alt="map of ([^"]+)"', page)
+    assert "map of" not in plain and set(maps) & set(WORDS) and len(maps) > 5
+    (tmp_path / "moved").mkdir()
+    for path in finished.glob("ranking_test.npz"):
+        shutil.copy(path, tmp_path / "moved")
+    assert report.main([str(tmp_path / "moved"), "--heatmaps"]) == 2
+    assert "heatmaps need the pictures" in capsys.readouterr().err
 
 
 def test_a_run_against_itself_shows_no_difference(finished, tmp_path):
