@@ -2,6 +2,7 @@
 
 python report.py RUN [--against RUN2] [--heatmaps] [-o report.html]    one HTML file (default: RUN/report.html)
 python report.py curves RUN... -o curves.svg|png                       losses and Recall of one or several runs
+python report.py captions RUN --gallery train|test [--spice]           retrieved texts measured as captions (Java)
 """
 
 import argparse
@@ -43,7 +44,19 @@ def curves(argv: Sequence[str]) -> Path:
     return save_figure(draw_curves(args.runs), args.out)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], Path]] = {"curves": curves}
+def captions(argv: Sequence[str]) -> str:
+    parser = argparse.ArgumentParser(prog="report.py captions", description="Measure retrieved texts as captions.")
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run with kept rankings of the test split")
+    parser.add_argument("--gallery", choices=("train", "test"), required=True, help="where the texts come from")
+    parser.add_argument("--spice", action="store_true", help="SPICE too; needs two jars, which are never downloaded")
+    parser.add_argument("--device", default="cpu", help="for --gallery train: cpu, cuda or cuda:N")
+    args = parser.parse_args(argv)
+    from reports.captions import caption_table
+
+    return "\n".join(caption_table(args.run, args.gallery, args.spice, args.device))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], Path | str]] = {"curves": curves, "captions": captions}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
