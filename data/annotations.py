@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 SPLIT_SEED = 0  # not the run's seed: a run and its later evaluation must agree on the test set
 SPLIT_SHARE, SPLIT_LEAST, SPLIT_MOST = 0.1, 2, 5000  # image ids of a custom train_file that make up a missing split
 NO_IMAGE = -1  # in caption_image and caption_ids: a caption that no picture belongs to
+NO_SENTENCE = -1  # in sentids: a caption without an id
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +45,7 @@ class Annotations:
     cut: int = 0  # captions that lost the words after the first MAX_WORDS
     notes: list[str] = field(default_factory=list)  # how the files were read, what was left out
     id_names: list[str] = field(default_factory=list)  # the files' own image_id of each image, '' without one, N
+    sentids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # (M,) COCO's ids of captions; or none
 
     @property
     def caption_ids(self) -> np.ndarray:
@@ -104,7 +106,7 @@ def build_annotations(
     first_row: list[Row] = []
     groups, numbers = _joined_groups(rows), dict[tuple, int]()
     stated: dict[tuple[Path, str], Row] = {}
-    image_ids, captions, caption_image, cut = [], [], [], 0
+    image_ids, captions, caption_image, sentids, cut = [], [], [], [], 0
     left_out: list[str] = []
     for row in rows:
         texts, empty = _clean(row)
@@ -128,10 +130,11 @@ def build_annotations(
         if index == len(first_row):
             first_row.append(row)
             image_ids.append(numbers.setdefault(groups.get(row.group, row.group), len(numbers)))
-        for text, is_cut in texts:
+        for text, is_cut, sentid in texts:
             cut += is_cut
             captions.append(text)
             caption_image.append(index)
+            sentids.append(sentid)
     notes = list(notes)
     if left_out:
         notes.append(
@@ -141,6 +144,7 @@ def build_annotations(
     table = Annotations(
         name, list(dict.fromkeys(row.file for row in rows)), list(images), np.array(image_ids, np.int64), captions,
         np.array(caption_image, np.int64), cut, notes, [row.image_id or "" for row in first_row],
+        np.array(sentids, np.int64),
     )  # fmt: skip
     if not table.images or not captions or not (table.caption_image != NO_IMAGE).any():
         raise ValueError(f"{table.source}: no image has a caption, so there is nothing to find")
@@ -152,16 +156,16 @@ def build_annotations(
     return table
 
 
-def _clean(row: Row) -> tuple[list[tuple[str, bool]], list[str]]:
-    """A row's cleaned captions, each with whether words were cut, and its captions without words."""
+def _clean(row: Row) -> tuple[list[tuple[str, bool, int]], list[str]]:
+    """A row's cleaned captions, each with whether words were cut and its id, and its captions without words."""
     texts, empty = [], []
-    for caption in row.captions:
+    for caption, sentid in zip(row.captions, row.sentids or [NO_SENTENCE] * len(row.captions), strict=True):
         cleaned = clean_caption(caption)
         if not cleaned.strip():
             empty.append(caption)
             continue
         is_cut = cleaned.count(" ") == MAX_WORDS - 1 and cleaned != clean_caption(caption, MAX_WORDS + 1)
-        texts.append((cleaned, is_cut))
+        texts.append((cleaned, is_cut, sentid))
     return texts, empty
 
 

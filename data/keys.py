@@ -1,4 +1,4 @@
-"""The names that people give to the keys of annotation rows, and this program's own: image, caption, image_id, split.
+"""The names that people give to the keys of annotation rows, and this program's own, KEYS.
 
 What is taken under another name, or not used, becomes a note.
 """
@@ -14,12 +14,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-KEYS = ("image", "caption", "image_id", "split")
+KEYS = ("image", "caption", "image_id", "split", "sentids")
 OTHER_NAMES = {  # without case, '_', '-' and spaces
     "image": "filepath filename imgpath imagepath imgname imagename imagefile img path".split(),
     "caption": "captions sentences sentence title titles text texts comment comments".split(),
     "image_id": "imageid imgid personid id".split(),
     "split": [],
+    "sentids": [],
 }
 KEY_OF = {key.replace("_", ""): key for key in KEYS} | {n: key for key, names in OTHER_NAMES.items() for n in names}
 NEAR = 0.85  # likeness of two names from which one is taken for a slip of the other

@@ -27,7 +27,8 @@ def convert(source: Path, folder: Path) -> list[Path]:
     for number, entry in enumerate(entries, 1):
         split, image, published_id, captions = _entry(source, number, entry, dataset)
         if split != "train":
-            rows[split].append({"image": image, "caption": captions})
+            ids = {"sentids": entry["sentids"]} if len(entry.get("sentids") or ()) == len(captions) else {}
+            rows[split].append({"image": image, "caption": captions} | ids)
             continue
         image_id = running if published_id is None else published_id
         rows["train"] += [{"caption": caption, "image": image, "image_id": image_id} for caption in captions]

@@ -29,6 +29,7 @@ class Row(NamedTuple):
     captions: list[str]  # none: a picture without captions
     image_id: str | None = None
     split: str | None = None  # train, val or test
+    sentids: list[int] = []  # COCO's id of each caption, where the file has them
 
     @property
     def group(self) -> tuple:
@@ -104,10 +105,18 @@ def _check_row(file: Path, number: int, row: Any) -> Row:
         raise wrong(f"needs under 'image_id' a text or a whole number, not {_kind(image_id)}")
     if split is not None and (not isinstance(split, str) or split.strip().lower() not in SPLIT_NAMES):
         raise wrong(f"has the split {split!r}{did_you_mean(str(split), SPLIT_NAMES)}: use {', '.join(SPLIT_NAMES)}")
+    sentids = row.get("sentids") or []
+    if sentids and not (isinstance(sentids, list) and len(sentids) == len(captions) and all(map(_is_id, sentids))):
+        raise wrong("needs under 'sentids' a list of whole numbers, one for each caption")
     return Row(
         file, number, same_file(image) if image else "", captions,
         None if image_id is None else str(image_id), SPLIT_NAMES[split.strip().lower()] if split else None,
+        sentids,
     )  # fmt: skip
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _kind(value: Any) -> str:

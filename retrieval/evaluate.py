@@ -9,6 +9,7 @@ from configs.schema import RetrievalConfig
 from data.annotations import Annotations
 from data.loaders import eval_image_loader, worker_died
 from models.blip_retrieval import BLIP_Retrieval
+from retrieval import eccv
 from retrieval.metrics import chance_metrics, recall_table, retrieval_metrics, within_noise
 from retrieval.provenance import RANDOM, Origin, Provenance, log_head
 from retrieval.published import compare, published_metrics
@@ -97,8 +98,14 @@ def evaluate(
         log.info("%s", line)
     if published:
         log.info("%s", compare(itm, published))
+    corrected: dict[str, float] = {}
+    if cfg.dataset == "coco" and split == "test" and eccv.installed() and is_main():
+        corrected, lines = eccv.corrected_metrics(ranking, annotations)
+        for line in lines:
+            log.info("%s", line)
     kinds = {"": itm, "itc_": itc, "chance_": chance}
     numbers = {f"{split}_{kind}{k}": v for kind, metrics in kinds.items() for k, v in metrics.items()}
+    numbers |= {f"{split}_{key}": value for key, value in corrected.items()}
     return numbers, keep(ranking, annotations, split)
 
 

@@ -48,7 +48,7 @@ PERSONS = [{"id": n, "file_path": image, "captions": texts, "split": "train", "p
 DIALECTS = {
     "BLIP.json": (json.dumps([{"image": i, "caption": c} for i, c in ROWS]), []),
     "karpathy_rsicd.json": (
-        karpathy("rsicd", False), ["Karpathy's layout of rsicd", "filename as image", "sentids (3"]
+        karpathy("rsicd", False), ["Karpathy's layout of rsicd", "filename as image", "imgid as image_id"]
     ),
     "karpathy_coco.json": (karpathy("coco", True), ["filepath as the folder of filename", "sentences as caption"]),
     "captions_val2014.json": (json.dumps(COCO), ["COCO's layout, 3 images and 4 captions"]),
