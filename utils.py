@@ -128,7 +128,7 @@ def gather_names(names: list[str]) -> list[str]:
     return [name for part in parts for name in part]
 
 
-def from_main(value: list[str]) -> list[str]:
+def from_main(value: list[Any]) -> list[Any]:
     """Rank 0's list on every process."""
     box = [value]
     if get_world_size() > 1:

@@ -14,9 +14,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from configs.datasets import DATASETS
 from configs.schema import RetrievalConfig
@@ -24,6 +24,7 @@ from data.scenes import ARCHIVE
 from transform.image import AS_BLIP, PixelRule, to_rgb
 from utils import find_path
 
+ORIENTATION = 0x0112  # in EXIF
 MAX_BYTES = 1 << 30  # of one image file: a member of a small .zip can unpack to more than the memory
 NOT_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # what says nothing about the file that was to be opened
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # ImageStore.load refuses such pictures
@@ -32,10 +33,11 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # Im
 class ImageStore:
     """Images under `image_root`, a folder or a .zip archive; it can be sent to, or inherited by, worker processes."""
 
-    def __init__(self, root: str | os.PathLike, rule: PixelRule = AS_BLIP) -> None:
+    def __init__(self, root: str | os.PathLike, rule: PixelRule = AS_BLIP, upright: bool = False) -> None:
+        """`upright`: apply the orientation in EXIF, which evaluation does not, as BLIP does not."""
         if not os.fspath(root):
             raise ValueError("image_root is empty: set it to the folder, or the .zip, that holds the images")
-        self.root, self.rule = find_path(root), rule
+        self.root, self.rule, self.upright = find_path(root), rule, upright
         self.is_zip = self.root.suffix.lower() == ".zip"
         self._zip: zipfile.ZipFile | None = None
         self._zip_pid = 0
@@ -71,7 +73,11 @@ class ImageStore:
                 if limit and image.width * image.height > limit:
                     raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, {limit} at most")
                 lost = "depth" if image.mode.startswith("I") else "alpha" if image.has_transparency_data else ""
-                return to_rgb(image, self.rule), "" if lost == "alpha" and self.rule.flatten_alpha else lost
+                rgb = to_rgb(image, self.rule)
+                if self.upright:
+                    rgb.getexif()[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
+                    rgb = ImageOps.exif_transpose(rgb)
+                return rgb, "" if lost == "alpha" and self.rule.flatten_alpha else lost
         except (KeyError, FileNotFoundError):
             raise ValueError(f"image {name} is missing from image_root {self.root}") from None
         except UnidentifiedImageError:
@@ -93,6 +99,11 @@ class ImageStore:
                 f"image {name} in {self.root} cannot be read ({reason}): "
                 "replace the file, or remove its rows from the annotations"
             ) from error
+
+    def open_file(self, name: str) -> IO[bytes]:
+        """The file called `name`, as it is; KeyError or OSError when it cannot be opened."""
+        name = self._spelt(name)
+        return self.archive.open(name) if self.is_zip else open(self.root / name, "rb")
 
     def _open(self, name: str) -> io.BytesIO | Path:
         name = self._spelt(name)

@@ -125,6 +125,18 @@ class Blip:
             pixels = self.pixels(image).to(self._device)
             return word_heatmap(self.model, self.model.encode_image(pixels), clean_caption(text), layer)
 
+    def encode(self, images: Sequence[Picture]) -> tuple[Tensor, Tensor]:
+        """Image tokens (N, n, V), on the model's device, and unit-length embeddings (N, E), of a few pictures."""
+        parts = list(self._encode_images(_as_list(images)))
+        return torch.cat([tokens for tokens, _ in parts]), self._cat(feat for _, feat in parts)
+
+    def match_tokens(self, tokens: Tensor, text: str) -> Tensor:
+        """Matching logits (N, 2) of one text with encoded images (N, n, V)."""
+        one = self.tokens(text)
+        many = TokenizedText(*(x.expand(len(tokens), -1).contiguous() for x in one))
+        with self._inference():
+            return self._match(tokens.to(self._device), many, range(len(tokens)))
+
     # ---- passes ---------------------------------------------------------------------------------------------------
 
     @property

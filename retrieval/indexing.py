@@ -1,0 +1,186 @@
+"""Bring an index up to date with its folder or archive: what is new is encoded, what has moved keeps its vector.
+
+A picture is unchanged if size and time are, else if its digest is. One with the digest of another, moved or a copy,
+shares that one's vector. What is gone leaves the index. A root that is missing or empty is refused: it is far more
+likely a disk that is not mounted than a wish to delete everything.
+"""
+
+import hashlib
+import logging
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from PIL import Image
+
+from data.findings import cores
+from data.images import ImageStore
+from models.loading import Blip
+from retrieval.index import Entry, IndexFolder, PartWriter
+from utils import Progress, barrier, from_main, get_rank, get_world_size, is_main, never_stop
+
+log = logging.getLogger("blip")
+
+PICTURES = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".gif", b".tif", b".tiff")
+BATCH = 32
+
+
+@dataclass
+class Plan:
+    """What is to be done: entries that only change in the manifest, paths that are gone, pictures to encode."""
+
+    put: list[Entry] = field(default_factory=list)
+    remove: list[bytes] = field(default_factory=list)
+    encode: list[list[Entry]] = field(default_factory=list)  # pictures of equal bytes together
+    unchanged: int = 0
+    moved: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"{sum(map(len, self.encode))} to encode, {self.moved} moved or copied, {self.unchanged} unchanged, "
+            f"{len(self.remove)} gone"
+        )
+
+
+def update_index(index: IndexFolder, blip: Blip, verify: bool = False, poll: Callable[[], None] = never_stop) -> Plan:
+    """Make the index that of its root as it is now; every process of a launch calls it. ValueError for no pictures.
+
+    `verify`: compare digests of all files, not only of those whose size or time has changed.
+    """
+    if is_main() and (count := index.merge_journals()):
+        log.info("%d pictures that an earlier, interrupted run had done", count)
+    store = ImageStore(index.head.root, blip.rule, upright=index.head.upright)
+    plan = from_main([make_plan(store, index.entries(), verify) if is_main() else Plan()])[0]
+    if is_main():
+        log.info("%s: %s", store.root, plan)
+        index.change(plan.put)
+    encode_all(index, store, blip, plan.encode[get_rank() :: get_world_size()], poll)
+    barrier()
+    if is_main():
+        index.merge_journals()
+        index.change(remove=plan.remove)
+    barrier()
+    return plan
+
+
+def listing(store: ImageStore) -> dict[bytes, tuple[int, int]]:
+    """Size and time of every picture by its path; ValueError when there is none."""
+    found: dict[bytes, tuple[int, int]] = {}
+    if store.is_zip:
+        for info in store.archive.infolist():
+            path = os.fsencode(info.filename)
+            if path.lower().endswith(PICTURES):
+                time = datetime(*info.date_time, tzinfo=UTC).timestamp() if info.date_time[1] else 0
+                found[path] = info.file_size, int(time * 1e9)
+    else:
+        root = os.fsencode(store.root)
+        for folder, folders, files in os.walk(root):
+            folders.sort()
+            for name in sorted(files):
+                if name.lower().endswith(PICTURES):
+                    stat = os.stat(os.path.join(folder, name))
+                    found[os.path.relpath(os.path.join(folder, name), root)] = stat.st_size, stat.st_mtime_ns
+    if not found:
+        kinds = ", ".join(kind.decode() for kind in PICTURES)
+        raise ValueError(f"{store.root}: no pictures there ({kinds}): nothing is changed. Is the disk mounted?")
+    return found
+
+
+def make_plan(store: ImageStore, known: dict[bytes, Entry], verify: bool = False) -> Plan:
+    """Compare what is there with what is known."""
+    plan, there = Plan(), listing(store)
+    by_digest = {entry.digest: entry for entry in known.values() if entry.part is not None}
+    changed = [path for path, stat in there.items() if verify or path not in known or known[path][1:3] != stat]
+    plan.unchanged = len(there) - len(changed)
+    progress, new = Progress("files read", len(changed), "files"), dict[bytes, list[Entry]]()
+    with ThreadPoolExecutor(min(8, cores())) as pool:
+        for path, (digest, problem) in zip(
+            changed, pool.map(lambda path: digest_of(store, path), changed), strict=True
+        ):
+            before, entry = known.get(path), Entry(path, *there[path], digest, error=problem or None)
+            same = by_digest.get(digest)
+            if before is not None and before.digest == digest:  # touched, not changed
+                plan.unchanged += 1
+                plan.put.append(before._replace(size=entry.size, mtime_ns=entry.mtime_ns))
+            elif problem:
+                plan.put.append(entry)
+            elif same is not None:
+                plan.moved += 1
+                plan.put.append(entry._replace(part=same.part, row=same.row))
+            else:
+                new.setdefault(digest, []).append(entry)
+            progress.add(1)
+    plan.encode = list(new.values())
+    plan.remove = [path for path in known if path not in there]
+    return plan
+
+
+def digest_of(store: ImageStore, path: bytes) -> tuple[bytes, str]:
+    """16 bytes that tell contents apart, and '' or why the file cannot be read."""
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        with store.open_file(os.fsdecode(path)) as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        return b"", str(error) or type(error).__name__
+    return digest.digest(), ""
+
+
+def encode_all(
+    index: IndexFolder, store: ImageStore, blip: Blip, groups: list[list[Entry]], poll: Callable[[], None]
+) -> None:
+    """Encode one picture of each group into a part of this process; a picture that cannot be read is noted as such."""
+    if not groups:
+        return
+    writer = PartWriter(index.folder, index.head.keep_tokens)
+    progress = Progress("encode", sum(map(len, groups)), "images")
+    try:
+        for part, pictures in decoded(store, groups):
+            poll()
+            good = [
+                (same, picture) for same, picture in zip(part, pictures, strict=True) if not isinstance(picture, str)
+            ]
+            bad = [(same, picture) for same, picture in zip(part, pictures, strict=True) if isinstance(picture, str)]
+            if good:
+                tokens, feat = blip.encode([picture for _, picture in good])
+                writer.append(
+                    feat, tokens.float().cpu() if index.head.keep_tokens else None, [same for same, _ in good]
+                )
+            writer.note(entry._replace(error=str(reason)) for same, reason in bad for entry in same)
+            progress.add(sum(map(len, part)))
+    finally:
+        writer.close()
+
+
+def decoded(
+    store: ImageStore, groups: list[list[Entry]]
+) -> Iterator[tuple[list[list[Entry]], list[Image.Image | str]]]:
+    """Batches of groups with a picture each, or why it cannot be read; the next batch is decoded meanwhile."""
+
+    def decode(name: str) -> Image.Image | str:
+        try:
+            return store.load(name)
+        except ValueError as error:
+            return str(error)
+
+    parts = [groups[start : start + BATCH] for start in range(0, len(groups), BATCH)]
+    with ThreadPoolExecutor(min(8, cores())) as pool:
+        ahead = [pool.submit(decode, same[0].name) for same in parts[0]]
+        for number, part in enumerate(parts):
+            current = ahead
+            following = parts[number + 1] if number + 1 < len(parts) else []
+            ahead = [pool.submit(decode, same[0].name) for same in following]
+            yield part, [future.result() for future in current]
+
+
+def weights_match(index: IndexFolder, sha256: str, source: str) -> None:
+    """ValueError naming both when the index was made with other weights."""
+    if sha256 != index.head.weights_sha256:
+        raise ValueError(
+            f"{index.folder} was made with {index.head.checkpoint} (weights {index.head.weights_sha256[:12]}), but "
+            f"{source} has weights {sha256[:12]}: their vectors cannot be compared. Make a new index."
+        )
