@@ -8,7 +8,7 @@ export OMP_NUM_THREADS := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN
 endif
 
 INSTALLED := .venv/installed
-EXTRAS := requirements-tensorboard.txt requirements-report.txt requirements-eccv.txt
+EXTRAS := $(sort $(wildcard requirements-*.txt))
 DEMO := output/retrieval_scenes
 CHROMIUM ?= chromium
 

@@ -31,11 +31,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="search.py", description=__doc__, formatter_class=form)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name: str, run: Callable[[argparse.Namespace], Any], *places: str) -> argparse.ArgumentParser:
+    def command(name: str, do: Callable[[argparse.Namespace], Any], *places: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name)
         for place in places:
             sub.add_argument(place.lower(), metavar=place, type=str if place == "CHECKPOINT" else Path)
-        sub.set_defaults(run=run)
+        sub.set_defaults(do=do)
         sub.add_argument("--device", default="auto", help="cuda, cuda:N or cpu (default: cuda when there is one)")
         return sub
 
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     setup_logging()
     try:
-        status = args.run(args)
+        status = args.do(args)
         leave_distributed()
         return status or 0
     except Stopped as stopped:

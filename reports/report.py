@@ -4,8 +4,6 @@ It reads files of the run folder (`ranking_*.npz`, `log.txt`, `steps.jsonl`, `co
 needs neither a script nor a network. Sources: percentile bootstrap and McNemar's test in `retrieval/statistics.py`.
 """
 
-import base64
-import io
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +32,7 @@ from reports.cases import (
 )
 from reports.curves import STYLE, as_inline_svg, draw_curves
 from reports.heatmaps import word_tiles
+from reports.pages import TEMPLATES, as_data_uri
 from retrieval.metrics import KS, chance_metrics
 from retrieval.published import published_metrics
 from retrieval.rankings import WAYS, Rankings, load_rankings, rankings_file
@@ -49,7 +48,6 @@ MOST_BYTES = 15_000_000  # of a page
 LENGTHS = ((1, 5), (6, 8), (9, 11), (12, 15), (16, 30))  # words of a caption
 PLACES = ((1, 1), (2, 5), (6, 10), (11, 20), (21, 50), (51, 100), (101, 10**9))
 HIDDEN_KEYS = ("val_", "test_", "train_")  # of a row: numbers that stand in tables of their own
-TEMPLATES = Path(__file__).with_name("templates")
 
 
 @dataclass(frozen=True)
@@ -275,12 +273,6 @@ class Thumbnails:
             self.data[name] = as_data_uri(image)
             self.sizes[name] = image.size
         return list(self.data).index(name)
-
-
-def as_data_uri(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=80, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def render(parts: dict[str, Any], thumbs: Thumbnails) -> str:

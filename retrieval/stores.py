@@ -4,6 +4,7 @@ Milvus (Wang et al., SIGMOD 2021) keeps and searches vectors beyond one machine'
 its embedded edition for `milvus:FILE.db` and a server for `milvus:http://HOST:19530`. Re-ranking stays here.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +44,8 @@ class MilvusStore:
             from pymilvus import MilvusClient
         except ModuleNotFoundError:
             raise ValueError("the store milvus needs its client: pip install -r requirements-milvus.txt") from None
+        for name in ("pymilvus", "milvus_lite"):
+            logging.getLogger(name).setLevel(logging.WARNING)
         self.index = index
         self.place = place if "://" in place else str(Path(place).expanduser().resolve())
         self.client: Any = MilvusClient(self.place)
@@ -72,13 +75,10 @@ class MilvusStore:
             progress.add(len(part))
 
     def _there(self) -> Iterator[tuple[int, str]]:
-        last = -1
-        while rows := self.client.query(
-            COLLECTION, filter=f"id > {last}", output_fields=["id", "place"], limit=BATCH, order_by=["id:asc"]
-        ):
-            rows = sorted(rows, key=lambda row: row["id"])
-            yield from ((int(row["id"]), str(row["place"])) for row in rows)
-            last = int(rows[-1]["id"])
+        rows = self.client.query_iterator(COLLECTION, batch_size=BATCH, filter="id >= 0", output_fields=["id", "place"])
+        while part := rows.next():
+            yield from ((int(row["id"]), str(row["place"])) for row in part)
+        rows.close()
 
     def nearest(self, queries: np.ndarray, k: int) -> list[list[tuple[int, float]]]:
         """As `LocalStore.nearest`; how exact it is depends on the collection's kind of index."""

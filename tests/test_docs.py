@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks/results").glob("*.md"))]
 ROOMS = "configs|transform|data|models|training|retrieval|checkpoints|reports|benchmarks|tests|docs"
 ENDINGS = "py|md|yaml|json|txt|toml|zip|npz|png|html"
-README_LINES, WIDTH = 150, 120
+README_LINES, WIDTH = 160, 120
 # A file of the repository, and perhaps a name in it: `models/itm.py:sample_negatives`.
 REPO_FILE = re.compile(rf"(?<![\w./-])((?:{ROOMS})/[\w./-]*\.(?:{ENDINGS}))\b(?::([A-Za-z_][\w.]*))?")
 

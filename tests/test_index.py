@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import search as program
+from benchmarks import bench_search
 from models import load
 from retrieval import index as index_module
 from retrieval import indexing
@@ -423,3 +424,10 @@ def test_a_calibrated_threshold_goes_into_the_index(tmp_path, capsys):
     assert IndexFolder(tmp_path / "index").head.threshold == values["threshold"]
     assert kept_threshold(str(folder / "out" / "checkpoint_best.pth"), values["weights_sha256"]) == values["threshold"]
     assert kept_threshold(str(folder / "out"), "other") is None
+
+
+def test_the_benchmark_compares_what_finds_the_same():
+    (count, *times) = bench_search.bench_vectors(3000, repeats=1)
+    assert count == "3,000" and float(times[0]) > 0 and float(times[1]) > 0
+    (line,) = bench_search.bench_model("nano", 32, images=3, rerank=2)
+    assert "indexing" in line and "2 candidates re-ranked" in line

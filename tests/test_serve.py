@@ -1,0 +1,242 @@
+"""The page of an index: what it answers, and what it refuses."""
+
+import io
+import json
+import re
+import shutil
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import search as program
+from models import load
+from reports import serve
+from reports.hits import write_page
+from reports.serve import COOKIE, HEADERS, OneAtATime, create_app, decode
+from retrieval.index import IndexFolder
+from retrieval.indexing import update_index
+from retrieval.search import Searcher
+from tests.conftest import tiny_med, tiny_model
+from tests.test_index import new_index, picture, some_pictures
+
+TestClient = pytest.importorskip("starlette.testclient", reason="pip install -r requirements-search.txt").TestClient
+HOST = "127.0.0.1:8000"
+EVIL = "<img src=x onerror=document.title='hacked'><script>document.title='hacked'<"
+
+
+@pytest.fixture(scope="module")
+def searcher(tmp_path_factory) -> Searcher:
+    folder = tmp_path_factory.mktemp("served")
+    torch.manual_seed(3)
+    torch.save({"model": tiny_model(med_config=tiny_med(), image_size=32).state_dict()}, folder / "w.pth")
+    root = some_pictures(folder / "pictures", 7)
+    picture(50).save(root / f"{EVIL} .png")
+    blip = load(folder / "w.pth")
+    index = new_index(folder / "index", root)
+    index.head.checkpoint = str(folder / "w.pth")
+    update_index(index, blip)
+    return Searcher(index, blip)
+
+
+@pytest.fixture
+def client(searcher):
+    return TestClient(create_app(searcher, frozenset({HOST})), base_url=f"http://{HOST}")
+
+
+def ask(client, **values):
+    return client.post("/search", json=values)
+
+
+def png(side: int = 40, seed: int = 3) -> bytes:
+    buffer = io.BytesIO()
+    picture(seed, side).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_the_page_answers_as_the_program_does(client, searcher, capsys):
+    page = client.get("/")
+    assert page.status_code == 200 and "8 pictures of" in page.text
+    for name, value in HEADERS.items():
+        assert page.headers[name] == value
+    first, second = ask(client, text="a red dog").json(), ask(client, text="a red dog", rerank=True).json()
+    (plain,) = searcher.texts(["a red dog"], serve.TOP)
+    (reranked,) = searcher.texts(["a red dog"], serve.TOP, serve.RERANK)
+    assert [hit["number"] for hit in first["contrast"]] == [hit.number for hit in plain.contrast]
+    assert first["reranked"] == [] and first["matches"] is None
+    expected = json.loads(json.dumps(program.as_json(reranked)))
+    assert second["reranked"] == expected["reranked"] and second["matches"] == expected["matches"]
+    found = client.post("/similar", content=png(seed=3), headers={"content-type": "application/octet-stream"}).json()
+    assert found["contrast"][0]["path"] == "3.png" and found["contrast"][0]["cosine"] > 0.999
+
+
+def test_pictures_go_out_by_number_and_made_anew(client, searcher):
+    answer = client.get("/picture/2/small")
+    image = Image.open(io.BytesIO(answer.content))
+    assert answer.headers["content-type"] == "image/jpeg" and image.format == "JPEG" and image.size == (44, 40)
+    paths = [
+        "/picture/99/small", "/picture/-1/small", "/picture/2/huge", "/picture/../small", "/picture/2.png/small",
+        "/picture/%2e%2e%2f%2e%2e%2fetc%2fpasswd/small", "/static/../search.html", "/static/%2e%2e%2fserve.py",
+        "/static/search.html", "/index.json",
+    ]  # fmt: skip
+    for path in paths:
+        answer = client.get(path)
+        assert answer.status_code == 404 and b"root:" not in answer.content and b"import" not in answer.content
+    for name in ("search.js", "search.css"):
+        assert client.get(f"/static/{name}").status_code == 200
+
+
+def test_heatmaps_of_a_hit(client):
+    answer = client.post("/heatmap", json={"number": 1, "text": "a red dog"})
+    assert Image.open(io.BytesIO(answer.content)).width > 300
+    assert client.post("/heatmap", json={"number": 1, "text": "..."}).status_code == 400
+    assert client.post("/heatmap", json={"number": 99, "text": "a dog"}).status_code == 400
+
+
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1:9", "localhost", "", "127.0.0.1:8000.evil.example"])
+def test_foreign_hosts_are_refused(client, host):
+    assert client.get("/", headers={"host": host}).status_code == 421
+
+
+@pytest.mark.parametrize("headers", [
+    {"origin": "http://evil.example"}, {"origin": "null"}, {"origin": "https://127.0.0.1:8000"},
+    {"sec-fetch-site": "cross-site"}, {"sec-fetch-site": "same-site"},
+])  # fmt: skip
+def test_posts_of_other_origins_are_refused(client, headers):
+    answer = client.post("/search", json={"text": "a dog"}, headers=headers)
+    assert answer.status_code == 403 and "access-control-allow-origin" not in answer.headers
+    own = {"origin": f"http://{HOST}", "sec-fetch-site": "same-origin"}
+    assert client.post("/search", json={"text": "a dog"}, headers=own).status_code == 200
+
+
+def test_a_form_of_another_page_cannot_ask(client):
+    """Without an Origin: the content type is one that needs no leave of the server."""
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
+        answer = client.post("/search", content='{"text": "a dog"}', headers={"content-type": kind})
+        assert answer.status_code == 400 and "application/json" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("body", ["", "{", "[]", '{"text": 3}', '{"text": " "}', '{"text": "%s"}' % ("a" * 1001),
+                                  "[" * 100000])  # fmt: skip
+def test_bad_bodies_are_explained(client, body):
+    answer = client.post("/search", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and answer.json()["error"]
+
+
+def test_uploads_are_bounded_in_bytes_and_pixels(client, monkeypatch):
+    bomb = io.BytesIO()
+    Image.new("1", (9000, 9000)).save(bomb, "PNG")  # 81 million pixels in 10 kB
+    whole = io.BytesIO()
+    picture(1, 64).save(whole, "JPEG")
+    for data, said in ((bomb.getvalue(), "9000 x 9000 pixels are too many"), (b"<script>", "not a picture"),
+                       (whole.getvalue()[:700], "not a picture, or a broken one"), (b"", "not a picture")):  # fmt: skip
+        answer = client.post("/similar", content=data)
+        assert answer.status_code == 400 and said in answer.json()["error"]
+    monkeypatch.setattr(serve, "MAX_UPLOAD", 1000)
+    answer = client.post("/similar", content=b"x" * 2000)
+    assert answer.status_code == 400 and "too large" in answer.json()["error"]
+    assert decode(whole.getvalue()).size == (68, 64)
+
+
+def test_another_host_needs_the_token(searcher):
+    client = TestClient(create_app(searcher, frozenset({HOST}), "secret"), base_url=f"http://{HOST}")
+    assert client.get("/").status_code == 403 and ask(client, text="a dog").status_code == 403
+    assert (
+        client.get("/?token=wrong").status_code == 403
+        and client.get("/picture/1/small?token=secret").status_code == 403
+    )
+    answer = client.get("/?token=secret", follow_redirects=False)
+    assert answer.status_code == 303 and "HttpOnly" in answer.headers["set-cookie"]
+    assert "SameSite=strict" in answer.headers["set-cookie"] and client.cookies[COOKIE] == "secret"
+    assert client.get("/").status_code == 200 and ask(client, text="a dog").status_code == 200
+
+
+def test_queries_take_turns_and_a_long_queue_is_refused(searcher, monkeypatch):
+    inside, most, original = 0, 0, Searcher.texts
+
+    def slow(self, *args):
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.05)
+        found = original(self, *args)
+        inside -= 1
+        return found
+
+    monkeypatch.setattr(Searcher, "texts", slow)
+    app = create_app(searcher, frozenset({HOST}))
+    with TestClient(app, base_url=f"http://{HOST}") as client, ThreadPoolExecutor(30) as pool:
+        codes = [answer.status_code for answer in pool.map(lambda i: ask(client, text=f"a dog {i}"), range(30))]
+    assert most == 1 and set(codes) == {200, 503} and codes.count(200) >= serve.WAITING + 1
+    with TestClient(app, base_url=f"http://{HOST}") as client, ThreadPoolExecutor(8) as pool:
+        assert {a.status_code for a in pool.map(lambda i: ask(client, text=f"a cat {i}"), range(8))} == {200}
+    turns = OneAtATime(0)
+    with turns.turn(), pytest.raises(serve.Busy), turns.turn():
+        pass
+
+
+def test_the_page_of_hits_is_whole_and_inert(searcher, tmp_path):
+    answers = searcher.texts([EVIL], 8, 4)
+    page = write_page(searcher, answers, tmp_path / "h.html").read_text(encoding="utf-8")
+    assert "<script" not in page and "onerror=document" in page and "<img src=x" not in page
+    assert page.count("data:image/jpeg") == 8 + 4 and not re.search(r'(?:src|href)="(?!data:)', page)
+
+
+def test_in_a_browser(searcher, tmp_path):
+    """Typed, answered, enlarged with a heatmap; markup in names and queries stays text; nothing else is asked for."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    if not browser:
+        pytest.skip("needs chromium (apt-get install chromium)")
+    import uvicorn
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    app = create_app(searcher, frozenset({f"127.0.0.1:{port}"}))
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    switches = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    try:
+        with playwright.sync_playwright() as play:
+            window = play.chromium.launch(executable_path=browser, args=switches)
+            page = window.new_page(viewport={"width": 360, "height": 700})
+            asked, said = [], []
+            page.on("request", lambda request: asked.append(request.url))
+            page.on("console", lambda message: said.append(message.text))
+            for _ in range(50):
+                if server.started:
+                    break
+                time.sleep(0.1)
+            page.goto(f"http://127.0.0.1:{port}/")
+            page.keyboard.type(f"a red dog {EVIL}")
+            page.keyboard.press("Enter")
+            done = re.compile("re-ranked by matching|nothing matches")
+            playwright.expect(page.locator("#status")).to_have_text(done, timeout=30000)
+            assert page.locator("#hits li").count() == 8 and "P(match)" in page.inner_text("#hits li")
+            assert EVIL in page.inner_text("#hits") and page.title() == "Picture search"
+            page.locator("#hits button").first.press("Enter")
+            page.click("#heat")
+            playwright.expect(page.locator("#map")).to_be_visible(timeout=30000)
+            page.keyboard.press("Escape")
+            page.set_input_files("#file", files=[{"name": "q.png", "mimeType": "image/png", "buffer": png(seed=2)}])
+            playwright.expect(page.locator("#status")).to_have_text("pictures like it, by contrast", timeout=30000)
+            assert "2.png" in page.locator("#hits li").first.inner_text()
+            assert page.evaluate("document.documentElement.scrollWidth") <= 360
+            assert all(url.startswith((f"http://127.0.0.1:{port}/", "blob:")) for url in asked) and said == []
+            window.close()
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
+def test_the_index_of_the_fixture_is_open(searcher):
+    assert isinstance(searcher.index, IndexFolder) and np.isfinite(searcher.index.head.threshold)
+    assert Path(searcher.index.head.root).is_dir()
