@@ -6,6 +6,7 @@ float64 sort of everything, with ties to the picture that was indexed first.
 Shapes: n pictures, E embedding width, q queries, k hits, T image tokens, V their width.
 """
 
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +20,12 @@ from torch import Tensor
 from data.images import ImageStore
 from models.loading import Blip
 from retrieval.index import Entry, IndexFolder
+from utils import Progress
+
+log = logging.getLogger("blip")
 
 CHUNK = 1 << 16  # rows of a part that are scored at once
+SCORES = 1 << 26  # cosines that are held at once
 MARGIN = 1e-5  # beyond which float32 and float64 cosines do not differ
 CACHE_BYTES = 512 << 20  # of image tokens of recent shortlists
 DEFAULT_THRESHOLD = 0.5
@@ -139,8 +144,15 @@ class Searcher:
     def texts(self, queries: Sequence[str], top: int, rerank: int = 0) -> list[Answer]:
         """Pictures for each sentence; `rerank` of the nearest are put into matching's order (0: none)."""
         feat = self.blip.text_features(queries).numpy()
-        nearest = self.vectors.nearest(feat, max(top, rerank))
-        return [self._answer(query, found, top, rerank) for query, found in zip(queries, nearest, strict=True)]
+        at_once = max(1, SCORES // max(1, len(self.entries)))
+        answers, progress = [], Progress("queries", len(queries), "queries")
+        for start in range(0, len(queries), at_once):
+            part = slice(start, start + at_once)
+            nearest = self.vectors.nearest(feat[part], max(top, rerank))
+            for query, found in zip(queries[part], nearest, strict=True):
+                answers.append(self._answer(query, found, top, rerank))
+                progress.add(1)
+        return answers
 
     def image(self, picture: Image.Image | Path, top: int) -> list[Hit]:
         """The pictures most like another one, by contrast: matching compares a picture with words only."""
@@ -157,8 +169,15 @@ class Searcher:
         threshold, hits = self.index.head.threshold, self._hits(found)
         if not rerank or not hits:
             return Answer(query, hits[:top], [], None, threshold)
-        candidates = hits[:rerank]
-        tokens = [self.tokens(hit.number) for hit in candidates]
+        candidates, tokens = [], []
+        for hit in hits[:rerank]:
+            try:
+                tokens.append(self.tokens(hit.number))
+                candidates.append(hit)
+            except ValueError as error:  # its file has changed since it was indexed
+                log.warning("warning: left out of re-ranking: %s; update the index", error)
+        if not candidates:
+            return Answer(query, hits[:top], [], None, threshold)
         logits = torch.cat([self.blip.match_tokens(torch.stack(part), query) for part in _batches(tokens)])  # (k, 2)
         match, scores = logits.softmax(-1)[:, 1].tolist(), logits[:, 1].tolist()
         rated = [

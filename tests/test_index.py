@@ -19,6 +19,7 @@ from benchmarks import bench_search
 from models import load
 from retrieval import index as index_module
 from retrieval import indexing
+from retrieval import search as search_module
 from retrieval.index import Head, IndexFolder
 from retrieval.indexing import update_index
 from retrieval.search import LocalStore, Searcher, TokenCache
@@ -336,6 +337,23 @@ def test_reranked_scores_are_those_of_evaluation(tmp_path, blip, keep):
     index.head.threshold = max(hit.match for hit in answer.reranked) + 1e-6
     assert searcher.texts(["a red dog"], 3, 5)[0].matches is False
     assert searcher.texts(["a red dog"], 3)[0].matches is None
+
+
+def test_a_picture_that_is_gone_since_is_left_out_of_reranking_and_said(tmp_path, blip, caplog, monkeypatch):
+    root = some_pictures(tmp_path / "pictures", 4)
+    index = new_index(tmp_path / "index", root)
+    update_index(index, blip)
+    (root / "1.png").unlink()
+    searcher = Searcher(index, blip)
+    monkeypatch.setattr(search_module, "SCORES", 8)  # two queries at once
+    answers = searcher.texts(["a dog", "a cat", "a bus"], top=4, rerank=4)
+    assert [len(answer.contrast) for answer in answers] == [4, 4, 4]
+    assert [{hit.path for hit in answer.reranked} for answer in answers] == [{"0.png", "2.png", "3.png"}] * 3
+    assert "image 1.png is missing" in caplog.text and "update the index" in caplog.text
+    for path in root.iterdir():
+        path.unlink()
+    answer = Searcher(index, blip).texts(["a dog"], top=4, rerank=4)[0]
+    assert answer.reranked == [] and answer.matches is None
 
 
 def test_the_cache_is_bounded():
