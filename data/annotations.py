@@ -110,22 +110,13 @@ def build_annotations(
     left_out: list[str] = []
     for row in rows:
         texts, empty = _clean(row)
-        wrong = "the row has no caption" if not row.captions else "the row has no image"
-        if empty:
-            wrong = f"the caption {empty[0][:80]!r} (key 'caption') is empty after cleaning: give it words or remove it"
-        if empty or not (distractors or (row.captions and row.image)):
+        if wrong := _what_is_wrong(row, empty, distractors):
             if not skip:
-                remedy = "" if empty else ": give it one, remove it, or set on_bad_sample to skip"
-                raise ValueError(f"{row.file}, row {row.number}: {wrong}{remedy}")
+                raise ValueError(f"{row.file}, row {row.number}: {wrong}")
             left_out += [f"row {row.number}"] * (len(empty) or 1)
             if not distractors and not (row.image and texts):
                 continue
-        before = stated.setdefault((row.file, row.image), row)
-        if row.image and before.group != row.group:
-            raise ValueError(
-                f"{row.file}, row {row.number}: image {row.image} has image_id {row.image_id!r} here and "
-                f"{before.image_id!r} in row {before.number}: give an image one image_id"
-            )
+        _require_one_id(stated.setdefault((row.file, row.image), row), row)
         index = images.setdefault(row.image, len(images)) if row.image else NO_IMAGE
         if index == len(first_row):
             first_row.append(row)
@@ -154,6 +145,25 @@ def build_annotations(
             "queries".format(name, *table.distractors)
         )
     return table
+
+
+def _what_is_wrong(row: Row, empty: list[str], distractors: bool) -> str:
+    """Why a row, or a part of it, cannot be used; '' if it can."""
+    if empty:
+        return f"the caption {empty[0][:80]!r} (key 'caption') is empty after cleaning: give it words or remove it"
+    if distractors or (row.captions and row.image):
+        return ""
+    lacking = "caption" if not row.captions else "image"
+    return f"the row has no {lacking}: give it one, remove it, or set on_bad_sample to skip"
+
+
+def _require_one_id(before: Row, row: Row) -> None:
+    """ValueError when two rows of one file give an image different ids."""
+    if row.image and before.group != row.group:
+        raise ValueError(
+            f"{row.file}, row {row.number}: image {row.image} has image_id {row.image_id!r} here and "
+            f"{before.image_id!r} in row {before.number}: give an image one image_id"
+        )
 
 
 def _clean(row: Row) -> tuple[list[tuple[str, bool, int]], list[str]]:
