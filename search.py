@@ -234,9 +234,15 @@ def printable(path: str) -> str:
 
 
 def status_command(args: argparse.Namespace) -> None:
-    from retrieval.index import IndexFolder
+    from retrieval.index import IndexFolder, read_journal
 
-    print("\n".join(describe(IndexFolder(args.index))))
+    index = IndexFolder(args.index)
+    waiting = sum(1 for journal in index.folder.glob("part_*.jsonl") for _ in read_journal(journal))
+    print("\n".join(describe(index)))
+    if waiting:
+        print(
+            f"{waiting} pictures of a run that is going on, or was interrupted, are not in it yet: update takes them in"
+        )
 
 
 def describe(index: "IndexFolder") -> list[str]:

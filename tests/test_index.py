@@ -415,6 +415,15 @@ def test_index_query_status_and_export(indexed, capsys, tmp_path):
     assert program.main(["export", index, str(tmp_path / "v.csv")]) == 2 and "ends in .npy" in capsys.readouterr().err
 
 
+def test_status_tells_of_an_interrupted_run(indexed, tmp_path, capsys):
+    shutil.copytree(indexed / "index", tmp_path / "index")
+    writer = index_module.PartWriter(tmp_path / "index")
+    writer.note([index_module.Entry(b"x.png", 1, 1, b"d", error="broken")])
+    writer.close()
+    assert program.main(["status", str(tmp_path / "index")]) == 0
+    assert "1 pictures of a run that is going on, or was interrupted" in capsys.readouterr().out
+
+
 def test_other_weights_and_roots_are_refused(indexed, tmp_path, capsys):
     torch.manual_seed(9)
     torch.save({"model": tiny_model(med_config=tiny_med(), image_size=32).state_dict()}, tmp_path / "other.pth")
