@@ -421,7 +421,7 @@ def test_status_tells_of_an_interrupted_run(indexed, tmp_path, capsys):
     writer.note([index_module.Entry(b"x.png", 1, 1, b"d", error="broken")])
     writer.close()
     assert program.main(["status", str(tmp_path / "index")]) == 0
-    assert "1 pictures of a run that goes on, or was interrupted" in capsys.readouterr().out
+    assert "1 pictures of a run that is going on, or was interrupted" in capsys.readouterr().out
 
 
 def test_other_weights_and_roots_are_refused(indexed, tmp_path, capsys):
