@@ -30,6 +30,7 @@ from transform.text import clean_caption
 COCO_CAPTIONS = "captions_val2014.json"
 WAYS = {"i2t": "txt", "t2i": "img"}  # the package's words: BLIP's
 KS = (1, 5, 10)
+NOBODY = range(-(10**9), 0)  # ids that nothing has
 
 
 class Corrected(NamedTuple):
@@ -50,14 +51,14 @@ def corrected_metrics(ranking: Ranking, table: Annotations) -> Corrected:
     except ValueError as error:
         return Corrected({}, [f"no corrected measures of COCO: {error}"])
     gts = {name: getattr(package, f"{name}_gts") for name in ("eccv", "cxc")}
-    lacking = {way: {key for gt in gts.values() for key in gt[way]} - set(ids)
-               for way, ids in (("i2t", image_ids.tolist()), ("t2i", caption_ids.tolist()))}  # fmt: skip
-    if lacking["i2t"] or lacking["t2i"]:
-        counts = f"{len(lacking['i2t'])} images and {len(lacking['t2i'])} captions"
-        return Corrected(
-            {}, [*notes, f"no corrected measures of COCO: {counts} of the corrected test split are not here"]
-        )
+    keys = {way: {key for gt in gts.values() for key in gt[way]} for way in WAYS}
+    images, captions = keys["i2t"] - set(image_ids.tolist()), keys["t2i"] - set(caption_ids.tolist())
+    if images or len(captions) > (caption_ids < 0).sum():  # more than the captions whose id is not known
+        counts = f"{len(images)} images and {len(captions)} captions"
+        notes.append(f"no corrected measures of COCO: {counts} of the corrected test split are not here")
+        return Corrected({}, notes)
     found = retrieved(ranking.itm, image_ids, caption_ids)
+    found["t2i"] |= {caption: list(NOBODY[: max(KS)]) for caption in captions}
     cut = {way: sum(len(right) > len(found[way][key]) for key, right in gts["eccv"][way].items()) for way in WAYS}
     if any(cut.values()):
         deep = ranking.itm.i2t.shape[1]
@@ -89,9 +90,9 @@ def retrieved(lists: Shortlists, image_ids: np.ndarray, caption_ids: np.ndarray)
 
 def padded(lists: dict[int, list[int]], gts: Mapping[int, list[int]]) -> dict[int, list[int]]:
     """Lists that reach R, the number of right answers, with ids that are nobody's: what is not there is wrong."""
-    nobody, found = range(-(10**9), 0), dict(lists)
+    found = dict(lists)
     for key, right in gts.items():
-        found[key] = lists[key] + list(nobody[: max(0, len(right) - len(lists[key]))])
+        found[key] = lists[key] + list(NOBODY[max(KS) :][: max(0, len(right) - len(lists[key]))])
     return found
 
 

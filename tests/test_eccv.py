@@ -83,6 +83,21 @@ def test_numbers_are_the_packages_own(official, tmp_path, k, capsys):
     assert f"{numbers['eccv_img_map_at_r']:.2f}" in lines[-2] and f"{numbers['cxc_img_r10']:.2f}" in lines[-1]
 
 
+def test_a_caption_without_an_id_counts_as_wrong_and_no_more(official, tmp_path):
+    table = coco_table(official, tmp_path)
+    ranking = invented(table, 60)
+    whole, _ = corrected_metrics(ranking, table)
+    asked = official.eccv_gts["t2i"]
+    unknown = [i for i, caption in enumerate(table.sentids.tolist()) if caption in asked][:100]
+    table.sentids[unknown] = NO_SENTENCE
+    numbers, lines = corrected_metrics(ranking, table)
+    assert "100 of 25000 captions have no id in sentids: they count as wrong" in lines[0] and len(numbers) == 12
+    hits = [whole["eccv_img_r1"] * len(asked) / 100, numbers["eccv_img_r1"] * len(asked) / 100]
+    assert 0 <= hits[0] - hits[1] <= 100 and numbers["eccv_img_map_at_r"] < whole["eccv_img_map_at_r"]
+    assert all(numbers[key] <= whole[key] + 1e-9 for key in whole)
+    assert numbers["cxc_txt_r1"] > 0.9 * whole["cxc_txt_r1"]
+
+
 def test_ids_by_the_words_within_an_image(tmp_path):
     rows = [{"image_id": 5, "id": 11, "caption": "A dog, running."}, {"image_id": 5, "id": 12, "caption": "a cat"},
             {"image_id": 6, "id": 13, "caption": "A CAT"}, {"image_id": 6, "id": 14, "caption": "a cat."}]  # fmt: skip
