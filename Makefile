@@ -19,7 +19,7 @@ demo: $(INSTALLED)
 
 pictures: $(INSTALLED) $(DEMO)/checkpoint_best.pth
 	.venv/bin/python -m reports.pictures $(DEMO) docs/pictures
-	.venv/bin/python -m reports.heatmaps $(DEMO) docs/pictures
+	.venv/bin/python -m reports.heatmaps $(DEMO) docs/pictures 6
 	.venv/bin/python report.py curves $(DEMO) -o docs/pictures/$(notdir $(DEMO))_curves.png
 	.venv/bin/python report.py $(DEMO)
 	$(CHROMIUM) --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1000,760 \

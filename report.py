@@ -26,6 +26,8 @@ def page(argv: Sequence[str]) -> Path:
     parser.add_argument("--device", default="cpu", help="for --heatmaps: cpu, cuda or cuda:N")
     parser.add_argument("--seed", type=int, default=0, help="decides which queries are drawn by chance")
     args = parser.parse_args(argv)
+    if args.cases < 1:
+        parser.error("--cases is at least 1")
     from reports.report import Options, write_report
 
     if not args.run.is_dir():

@@ -226,6 +226,8 @@ def _custom_rows(cfg: RetrievalConfig, split: str) -> RowFile:
         if source == split and not rows:
             raise _no_rows(where, inside, split)
         found = RowFile([row for row in found.rows if row.split == "train"], found.notes)
+        if not found.rows:
+            raise _no_rows(where, inside, split)
     elif source != "train" or not absent:
         return found
     parts = split_rows(found.rows, absent)

@@ -25,7 +25,7 @@ METADATA = ("metadata.jsonl", "metadata.csv")  # of an imagefolder
 
 def read_dialect(file: Path, text: str) -> Dialect:
     """The rows of whichever format the text is in; ValueError names the file, the row and what to do."""
-    start, header = text.lstrip()[:1], text.lstrip().partition("\n")[0]
+    start, header = text.lstrip()[:1], text.strip("\r\n").partition("\n")[0]
     if start == "<":
         raise ValueError(f"{file} is an HTML page, not annotations: a download got a web page instead; fetch it again")
     if start == "[":
@@ -117,6 +117,10 @@ def _json(file: Path, text: str, row: str) -> Any:
         where = f"line {error.lineno}, column {error.colno}" if not row else f"column {error.colno}"
         cut = error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated")
         advice = "it ends too early, so fetch or write it again" if cut else "correct it there"
+        if re.match(r"\s*[\]}]", text[error.pos :]) and text[: error.pos].rstrip().endswith(","):
+            advice = "remove the comma before it"
+        elif re.match(r",\s*[\]}]", text[error.pos :]):
+            advice = "remove that comma"
         raise ValueError(f"{file}{row} is not valid JSON ({error.msg} at {where}): {advice}") from None
 
 
@@ -151,9 +155,10 @@ def _coco(file: Path, images: list, annotations: list) -> Dialect:
                 raise ValueError(f"{file}: annotation {number} has an image_id, {entry['image_id']!r}, of no image")
             captions[entry["image_id"]].append(entry["caption"])
         rows = [
-            (number, {"image": entry["file_name"], "caption": captions[entry["id"]]})
+            (number, {"image": entry["file_name"], "caption": captions[entry["id"]]}
+             | ({"split": entry["split"]} if "split" in entry else {}))
             for number, entry in enumerate(images, 1)
-        ]
+        ]  # fmt: skip
     except (KeyError, TypeError) as error:
         part = "image" if "file_name" in str(error) or "'id'" in str(error) else "image or annotation"
         raise ValueError(
@@ -179,11 +184,16 @@ def _token_lines(file: Path, text: str) -> Dialect:
 
 def _table(file: Path, text: str, header: str) -> Dialect:
     """A table whose first line names its columns; the separator is the one that makes columns of that line."""
+    declared = re.match(r"sep=(.)\r?\n", text.lstrip("\r\n"))  # Excel's own first line
+    if declared:
+        text, header = text.lstrip("\r\n")[declared.end() :], text.splitlines()[1] if "\n" in text else ""
+    text = text.lstrip("\r\n")
     columns, separator = _columns(file, text, header)
     loose = separator == "|"  # such files come with loose quotation marks
     reader = csv.reader(
-        io.StringIO(text.lstrip(), newline=""),
+        io.StringIO(text, newline=""),
         delimiter=separator,
+        skipinitialspace=not loose,
         quoting=csv.QUOTE_NONE if loose else csv.QUOTE_MINIMAL,
         strict=True,
     )
@@ -191,15 +201,17 @@ def _table(file: Path, text: str, header: str) -> Dialect:
     number = mended = 0
     try:
         next(reader)
-        for number, cells in enumerate((cells for cells in reader if cells), 1):
+        for number, cells in enumerate((cells for cells in reader if any(cell.strip() for cell in cells)), 1):
             if separator == "|":
                 cells, mended = _mend(cells, columns, mended)
+            while len(cells) > len(columns) and not cells[-1].strip():  # Excel's empty last columns
+                cells = cells[:-1]
             if len(cells) != len(columns):
                 count = "more" if len(cells) > len(columns) else "fewer"
-                raise ValueError(
-                    f"{file}, row {number} has {count} cells than the header names: put a caption with commas into "
-                    "double quotes"
-                )
+                remedy = f"put a text with {SEPARATORS[separator]} into double quotes"
+                if len(cells) < len(columns):
+                    remedy = f"every row needs {len(columns)}, if need be empty ones"
+                raise ValueError(f"{file}, row {number} has {count} cells than the header names: {remedy}")
             rows.append((number, {key: _cell(cell, separator) for key, cell in zip(columns, cells, strict=True)}))
     except csv.Error as error:
         raise ValueError(f"{file}, row {number + 1} is not valid CSV ({error})") from None
@@ -214,10 +226,12 @@ def _columns(file: Path, text: str, header: str) -> tuple[list[str], str]:
     best: tuple[int, list[str], str] = (0, [], ",")
     for separator in SEPARATORS:
         try:
-            columns = next(csv.reader(io.StringIO(text.lstrip(), newline=""), delimiter=separator), [])
+            columns = next(csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True), [])
         except csv.Error:
             continue
         columns = [column.strip() for column in columns]
+        while columns and not columns[-1]:  # Excel's empty last columns
+            columns.pop()
         keys = {KEY_OF.get(plain(column)) or ("caption" if numbered(column) else None) for column in columns}
         if len(keys & {"image", "caption"}) > best[0]:
             best = len(keys & {"image", "caption"}), columns, separator

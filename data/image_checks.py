@@ -17,6 +17,7 @@ from utils import Progress
 
 QUICK_IMAGES = 24  # of each split that the start of a run looks at
 NAMED = 10  # images that a message lists
+CLIPPED = 0.2  # share of white pixels in a picture of more than 8 bits
 FLAT, FEW_GREYS = 2, 16  # spread of a picture of one colour; grey levels that a photograph has more of
 SIDES = (64, 128, 256, 384, 512, 1024)  # pixels, edges of the histogram's bins
 
@@ -29,6 +30,7 @@ class Look(NamedTuple):
     pixels: str = ""  # equal for pictures of equal pixels
     spread: int = 255  # between the lowest and the highest value of a colour channel, the widest of the three
     greys: int = 256  # different values as greyscale
+    white: float = 0.0  # share of the pixels that have the highest value
     lost: str = ""  # what the file may hold that these pixels have lost: 'alpha', 'depth' or ''
 
 
@@ -75,9 +77,11 @@ def look_at(store: ImageStore, names: Sequence[str], what: str) -> dict[str, Loo
             image, lost = store.examine(name)
         except ValueError as error:
             return Look(0, str(error))
+        histogram = image.convert("L").histogram()
+        greys, white = sum(map(bool, histogram)), histogram[255] / max(1, sum(histogram))
         pixels = hashlib.sha1(f"{image.size}".encode() + image.tobytes()).hexdigest()
         spread = int(np.ptp(np.asarray(image), axis=(0, 1)).max())
-        return Look(min(image.size), "", pixels, spread, sum(map(bool, image.convert("L").histogram())), lost)
+        return Look(min(image.size), "", pixels, spread, greys, white, lost)
 
     looks, progress = {}, Progress(what, len(names), "images")
     with ThreadPoolExecutor(min(8, cores())) as pool:
@@ -105,6 +109,12 @@ def strange_pixels(table: Annotations, looks: Mapping[str, Look], whole: bool) -
             found.warnings.append(f"{line}: look at them")
         elif names:
             found.facts.append(line)
+    clipped = [name for name, seen in looks.items() if seen.lost == "depth" and seen.white > CLIPPED]
+    if clipped:
+        found.warnings.append(
+            f"{table.name}: {len(clipped)} of {of} have more than 8 bits, and over {100 * CLIPPED:.0f} % of "
+            f"their pixels are white ({_named(clipped)}): is grey_bits too low?"
+        )
     by_pixels: dict[str, list[str]] = {}
     for name, seen in looks.items():
         by_pixels.setdefault(seen.pixels, []).append(name)

@@ -165,6 +165,8 @@ def missing_message(store: ImageStore, names: Sequence[str], folder: str = "", s
     if not remedy:
         same = "make the paths inside the archive equal those in the annotations"
         remedy = same if store.is_zip else "set image_root so that image_root/path exists"
+        if len(missing) < len(names) and not source:
+            remedy = "add them, or remove their rows from the annotations"
         remedy = f"{source}, or {remedy}" if source else remedy
     return (
         f"{len(missing):,} of {len(names):,} images{f' of {folder}' if folder else ''} are missing under image_root "

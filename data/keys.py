@@ -7,8 +7,10 @@ import ast
 import difflib
 import io
 import json
+import posixpath
 import re
 import tokenize
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -42,7 +44,7 @@ def own_keys(file: Path, rows: Numbered, cells: bool = False) -> Dialect:
     """
     counts = Counter(str(key) for _, row in rows if isinstance(row, dict) for key in row)
     folder = "filepath" if "filename" in counts and "filepath" in counts else ""  # Karpathy: both make the path
-    source, unused = _choose(file, [key for key in counts if key != folder], counts)
+    source, unused = _choose(file, [key for key in counts if not folder or key != folder], counts)
     if not rows or not counts:
         return Dialect(rows, [])
     more = sorted((key for key in counts if numbered(key)), key=lambda key: int(re.findall(r"\d+$", key)[0]))
@@ -60,7 +62,12 @@ def own_keys(file: Path, rows: Numbered, cells: bool = False) -> Dialect:
         taken.append(f"{', '.join(more)} as further captions")
     if taken:
         notes.insert(0, f"{file}: {', '.join(taken)}")
-    if unused := [f"{key} ({counts[key]} rows)" for key in unused if key not in more]:
+    if cells and (brackets := sum(_in_brackets(row) for _, row in found)):
+        notes.append(
+            f"{file}: {brackets} cells in brackets are neither a list of JSON nor one of Python, and are taken as "
+            "text; if they are lists, put each text into quotes"
+        )
+    if unused := [f"{key or repr(key)} ({counts[key]} rows)" for key in unused if key not in more]:
         notes.append(f"{file}: keys that are not used: {', '.join(unused)}")
     return Dialect(found, notes)
 
@@ -90,20 +97,34 @@ def _translate(row: Any, source: dict[str, str], folder: str, more: list[str], c
     found = {key: row[name] for key, name in source.items() if name in row}
     if cells:
         found = {key: value for key, value in found.items() if value is not None or key in ("image", "caption")}
-        if isinstance(found.get("caption"), str):
-            listed = list_in_cell(found["caption"])
-            found["caption"] = found["caption"] if listed is None else listed
-    if isinstance(found.get("caption"), list):
-        found["caption"] = [_sentence(item) for item in found["caption"]]
+    if "caption" in found:
+        found["caption"] = _texts(found["caption"])
     if folder and isinstance(row.get(folder), str) and row[folder] and isinstance(found.get("image"), str):
         found["image"] = f"{row[folder]}/{found['image']}"
-    extra = [row[name] for name in more if row.get(name) is not None]
+    extra = [text for name in more if row.get(name) is not None for text in _as_list(_texts(row[name]))]
     if "image" not in found or not (extra or "caption" in found):
         return {**row, **found}  # for a message that names what the row has
     if extra:
-        first = found.get("caption")
-        found["caption"] = [*(first if isinstance(first, list) else [] if first is None else [first]), *extra]
+        found["caption"] = [*_as_list(found.get("caption")), *extra]
     return found
+
+
+def _texts(value: Any) -> Any:
+    """A caption, or the list that a text of it spells."""
+    if isinstance(value, str):
+        listed = list_in_cell(value)
+        return value if listed is None else listed
+    return [_sentence(item) for item in value] if isinstance(value, list) else value
+
+
+def _as_list(value: Any) -> list:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _in_brackets(row: Any) -> bool:
+    """Whether a caption looks like a list that could not be read as one."""
+    texts = _as_list(row.get("caption")) if isinstance(row, dict) else []
+    return any(isinstance(text, str) and re.fullmatch(r"\s*(\[.*\]|\(.*\))\s*", text, re.DOTALL) for text in texts)
 
 
 def _sentence(item: Any) -> Any:
@@ -115,9 +136,14 @@ def _several_ids(rows: Iterable[tuple[int, Any]]) -> bool:
     first: dict[str, Any] = {}
     return any(
         isinstance(row, dict) and isinstance(row.get("image"), str)
-        and first.setdefault(row["image"], row.get("image_id")) != row.get("image_id")
+        and first.setdefault(same_file(row["image"]), row.get("image_id")) != row.get("image_id")
         for _, row in rows
     )  # fmt: skip
+
+
+def same_file(path: str) -> str:
+    """One spelling for all spellings of a path: './a.png', 'x//a.png', backslashes, Unicode's composed form."""
+    return unicodedata.normalize("NFC", posixpath.normpath(path.strip().replace("\\", "/")))
 
 
 def plain(name: str) -> str:
@@ -137,17 +163,19 @@ def did_you_mean(key: str, names: Iterable[str]) -> str:
 
 def list_in_cell(cell: str) -> list[str] | None:
     """The texts of a list written into one cell, as JSON or as Python or numpy print it; None if it is no list."""
-    if not (cell.lstrip().startswith("[") and cell.rstrip().endswith("]")):
+    cell = cell.strip()
+    if not (cell.startswith(("[", "(")) and cell.endswith(("]", ")"))):
         return None
     try:
-        found = json.loads(cell)
-        return found if isinstance(found, list) and all(isinstance(item, str) for item in found) else None
-    except ValueError:
+        found = [item for item in json.loads(cell) if item is not None]
+        return found if all(isinstance(item, str) for item in found) else None
+    except (ValueError, TypeError):
         pass
     try:
-        parts = list(tokenize.generate_tokens(io.StringIO(cell.strip().replace("\n", " ")).readline))
+        parts = list(tokenize.generate_tokens(io.StringIO(cell.replace("\n", " ")).readline))
         texts = [ast.literal_eval(part.string) for part in parts if part.type == tokenize.STRING]
     except (tokenize.TokenError, SyntaxError, ValueError):
         return None
     others = {part.string for part in parts if part.type not in (tokenize.STRING, tokenize.NEWLINE, tokenize.ENDMARKER)}
-    return texts if texts and others <= {"[", "]", ","} and all(isinstance(text, str) for text in texts) else None
+    only_texts = bool(texts) and all(isinstance(text, str) for text in texts)
+    return texts if only_texts and others <= set("[](),") | {"None"} else None

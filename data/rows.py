@@ -4,14 +4,12 @@ Every message names the file, the row (counted from 1; in JSON Lines it is the l
 """
 
 import json
-import posixpath
-import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.dialects import METADATA, read_dialect, read_folder, read_text
-from data.keys import did_you_mean
+from data.keys import did_you_mean, same_file
 
 SPLIT_NAMES = {  # what files call a split, in lower case
     "train": "train", "training": "train", "restval": "train",
@@ -44,11 +42,6 @@ class RowFile(NamedTuple):
 
     rows: list[Row]
     notes: list[str]
-
-
-def same_file(path: str) -> str:
-    """One spelling for all spellings of a path: './a.png', 'x//a.png', backslashes, Unicode's composed form."""
-    return unicodedata.normalize("NFC", posixpath.normpath(path.replace("\\", "/")))
 
 
 def read_rows(file: Path, image_root: Path = Path()) -> RowFile:

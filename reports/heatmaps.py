@@ -4,6 +4,7 @@
 """
 
 import sys
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,10 +60,15 @@ def draw_heatmap(image: Image.Image, found: Heatmap) -> Image.Image:
     for number, (tile, word) in enumerate(tiles):
         x, y = GAP + number % COLUMNS * (SIDE + GAP), HEAD + number // COLUMNS * (SIDE + LABEL + GAP)
         sheet.paste(tile, (x, y))
-        pen.text(
-            (x + SIDE // 2, y + SIDE + 13), word if len(word) < 24 else f"{word[:22]}…", INK, font(15), anchor="mm"
-        )
+        label = without_accents(word)
+        label = label if len(label) < 24 else f"{label[:22]}…"
+        pen.text((x + SIDE // 2, y + SIDE + 13), label, INK, font(15), anchor="mm")
     return sheet
+
+
+def without_accents(word: str) -> str:
+    """A word as the tokenizer reads it, and as the font can write it."""
+    return "".join(c for c in unicodedata.normalize("NFD", word) if not unicodedata.combining(c))
 
 
 def word_tiles(image: Image.Image, found: Heatmap, shown: int) -> Sequence[tuple[str, Image.Image]]:

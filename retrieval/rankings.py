@@ -153,8 +153,9 @@ def save_rankings(folder: Path, rankings: Rankings, row: dict[str, Any]) -> Path
     return path
 
 
-def load_rankings(path: Path) -> Rankings:
+def load_rankings(path: str | os.PathLike) -> Rankings:
     """Read such a file; ValueError when it is missing, damaged, or of another kind."""
+    path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: there are no kept rankings: evaluate the run, which writes them (--evaluate).")
     try:

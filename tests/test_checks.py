@@ -128,6 +128,8 @@ def test_pixels_that_show_nothing_are_counted_and_named(tiny_run, capsys):
     report = check(tiny_run, capsys, "queue_size=8", "flatten_alpha=white", "grey_bits=11")
     assert "1 of 12 images are of one colour, or nearly (train_2.png): look at them" in report
     assert "alpha" not in report and "grey_bits" not in report
+    report = check(tiny_run, capsys, "queue_size=8", "flatten_alpha=white", "grey_bits=10")
+    assert "1 of 12 images have more than 8 bits, and over 20 % of their pixels are white (train_1.png)" in report
 
 
 LANGUAGES = {

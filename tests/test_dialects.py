@@ -150,6 +150,46 @@ def test_lists_in_cells(cell, expected):
     assert list_in_cell(cell) == expected
 
 
+TABLES = {  # as pandas and Excel write them; each holds (a.png, x, y) and (b.png, z, None)
+    "pandas' index": "\timage\tcaption\tcaption_2\n0\ta.png\tx\ty\n1\tb.png\tz\t\n",
+    "empty columns and rows": "image,caption,caption_2,,\na.png,x,y,,\nb.png,z,,,\n,,,,\n   \n",
+    "sep=": "sep=;\r\nimage;caption;caption_2\r\na.png;x;y\r\nb.png;z;\r\n",
+    "spaces": 'image, caption, caption_2\na.png, "x", "y"\n b.png, z,\n',
+    "lists in numbered columns": "image,caption_1\na.png,\"['x', 'y']\"\nb.png,\"['z']\"\n",
+    "a list as text": '[{"image": "a.png", "caption": "[\'x\', \'y\']"}, {"image": "b.png", "caption": "z"}]',
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_as_programs_write_them(tmp_path, name):
+    (tmp_path / "t.csv").write_text(TABLES[name], newline="")
+    table = build_annotations("custom train", *read_rows(tmp_path / "t.csv"))
+    assert (table.images, table.captions) == (["a.png", "b.png"], ["x", "y", "z"])
+    assert ("'' (2 rows)" in " ".join(table.notes)) == (name == "pandas' index")
+
+
+def test_cells_in_brackets_that_are_no_list_are_said(tmp_path):
+    (tmp_path / "t.csv").write_text('image,caption\na.png,"[a circle, in red]"\nb.png,z\n')
+    assert "1 cells in brackets are neither a list" in read_rows(tmp_path / "t.csv").notes[-1]
+
+
+def test_a_split_of_cocos_layout_is_honoured(tmp_path):
+    images = [{"id": i, "file_name": f"{i}.png", "split": split} for i, split in enumerate(["train", "val", "test"])]
+    data = {"images": images, "annotations": [{"image_id": i, "caption": f"c {i}"} for i in range(3)]}
+    (tmp_path / "coco.json").write_text(json.dumps(data))
+    cfg = custom(tmp_path, train_file="coco.json")
+    assert [load_annotations(cfg, split).images for split in ("train", "val", "test")] == [
+        ["0.png"],
+        ["1.png"],
+        ["2.png"],
+    ]
+
+
+def test_row_numbers_of_one_file_under_two_spellings():
+    found = read_dialect(Path("a.csv"), "id,image,text\n1,a.png,x\n2,./a.png,y\n")
+    assert "the key id is not used" in found.notes[-1]
+
+
 def test_a_number_of_rows_is_not_taken_for_the_image_id():
     text = lines("id,image,text", "1,a.png,x", "2,a.png,y", "3,b.png,z")
     found = read_dialect(Path("a.csv"), text)
@@ -192,6 +232,9 @@ REFUSED = {
                      "image 2 has the id 1 of an image before it"),
     "karpathy_entry.json": ('{"images": ["a.png"], "dataset": "x"}', "row 1 is the text 'a.png'"),
     "token.txt": ("a.png#0\tx\nb.png y\n", "row 2 is not `name.jpg#0<TAB>caption`"),
+    "fewer.csv": ("image,caption,split\na.png,x\n", "row 1 has fewer cells than the header names: every row needs 3"),
+    "semicolon.csv": ("image;caption\na.png;x; y\n", "row 1 has more cells .*: put a text with semicolons into double"),
+    "trailing.json": ('[{"image": "a.png", "caption": "a"},]', "not valid JSON .*: remove (the|that) comma"),
     "short_bars.csv": ("image_name| comment_number| comment\na.png| 0\n", "row 1 has fewer cells"),
     "no_images.json": ('[{"image": null, "caption": "a"}]',
                        "row 1: the row has no image: give it one, remove it, or set"),
@@ -205,7 +248,7 @@ def test_what_has_no_one_meaning_is_refused(tmp_path, name):
     text, said = REFUSED[name]
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=said) as error:
-        build_annotations("custom train", *read_rows(tmp_path / name))
+        load_annotations(custom(tmp_path, train_file=name, val_file=name, test_file=name), "train")
     assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
 
 

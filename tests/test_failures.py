@@ -178,6 +178,13 @@ def test_a_file_table_that_is_full_is_not_taken_for_a_broken_image(tiny_run, mon
         assert expected in paragraph(capsys.readouterr().err)
 
 
+@pytest.fixture(autouse=True)
+def gradients_as_before():
+    """torch tells of a dead worker by an exception between any two instructions, perhaps those that end a no_grad."""
+    yield
+    torch.set_grad_enabled(True)
+
+
 # ---- workers of the loader ------------------------------------------------------------------------------------------
 
 

@@ -129,6 +129,9 @@ def test_the_program_draws_and_stores(tmp_path, capsys):
     with np.load(tmp_path / "out.npz") as file:
         assert file["words"].tolist() == ["a", "red", "dog"] and file["maps"].shape == (3, 4, 4)
         assert file["sentence"].shape == (4, 4) and 0 <= float(file["match"]) <= 1 and int(file["layer"]) == 1
+    capsys.readouterr()
+    assert program.main([args[0], args[1], "dog " * 30 + "cat émoji", "-o", str(tmp_path / "o.png")]) == 0
+    assert "reads 30 words at most; not drawn: cat émoji" in capsys.readouterr().err
     for wrong, said in (
         ([*args, "-o", str(tmp_path / "out.pdf")], "ends in .png or .npz"),
         ([*args, "--layer", "9"], "layer 9"),

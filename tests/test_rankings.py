@@ -70,7 +70,7 @@ def test_a_file_gives_back_what_was_kept(tmp_path):
     ranking, table = random_ranking(2)
     kept, row = keep(ranking, table, "test"), {"kind": "test", "test_r_mean": 12.5, "checkpoint": "ü.pth"}
     path = save_rankings(tmp_path / "new", kept, row)
-    found = load_rankings(path)
+    found = load_rankings(str(path))
     assert path == rankings_file(tmp_path / "new", "test") and [p.name for p in path.parent.iterdir()] == [path.name]
     assert (found.images, found.captions, found.row, found.split) == (table.images, table.captions, row, "test")
     assert found.gallery == kept.gallery and found.recall() == kept.recall() and found.k_test == kept.k_test

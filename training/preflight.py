@@ -65,8 +65,10 @@ def preflight(cfg: RetrievalConfig, args: argparse.Namespace) -> tuple[Job, Find
             f"--output_dir {job.folder} already holds a run: continue it with --resume auto, or name another folder."
         )
     if "train" in job.splits:
-        found.add(check_recipe(cfg, job.splits["train"]))
-        found.attempt(lambda: require_negatives(cfg, job.splits["train"], args.seed))
+        recipe = check_recipe(cfg, job.splits["train"])
+        found.add(recipe)
+        if not recipe.errors:
+            found.attempt(lambda: require_negatives(cfg, job.splits["train"], args.seed))
     return job, found
 
 
