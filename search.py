@@ -64,6 +64,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.command == "query" and sum(x is not None for x in (args.text, args.image, args.queries)) != 1:
         parser.error("give one of a text, --image and --queries")
+    if args.command == "query" and args.texts and (args.json or args.open or not args.image):
+        parser.error("--texts goes with --image, and without --json and --open")
     if args.command == "query" and (args.top < 1 or args.rerank < 0):
         parser.error("--top is at least 1, --rerank at least 0")
     return args
@@ -88,7 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"error: {ABSENT.format(error.name)}", file=sys.stderr)
         return 2
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        if not isinstance(error, ValueError | OSError) and not type(error).__module__.startswith("pymilvus"):
+            raise
         if not is_main():
             let_another_speak()
             return 2
@@ -102,28 +106,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_index(args: argparse.Namespace) -> None:
     from checkpoints.weights import weights_sha256
+    from data.images import ImageStore
     from models import load
     from retrieval.index import HEAD, Head, IndexFolder
+    from retrieval.indexing import listing
     from retrieval.search import DEFAULT_THRESHOLD
+    from retrieval.stores import milvus_place
     from retrieval.threshold import kept_threshold
     from utils import barrier, init_distributed, is_main
 
     device = init_distributed(args.device)
-    if not args.source.exists():
-        raise ValueError(f"{args.source}: there is no such folder or archive.")
+    if not (args.source.is_dir() or (args.source.is_file() and args.source.suffix.lower() == ".zip")):
+        raise ValueError(f"{args.source}: there is no such folder, and it is no .zip either.")
+    listing(ImageStore(args.source))  # there are pictures
+    store = f"milvus:{milvus_place(args.store)}" if args.store else ""
     blip = load(args.checkpoint, device, args.precision, args.config)
+    checkpoint = str(Path(args.checkpoint).resolve()) if Path(args.checkpoint).exists() else args.checkpoint
     sha256 = weights_sha256(blip.model)
     threshold = kept_threshold(args.checkpoint, sha256)
     if is_main() and not (args.index / HEAD).exists():
         tokens = (blip.model.visual_encoder.pos_embed.shape[1], blip.model.visual_encoder.width)
         IndexFolder.create(args.index, Head(
-            args.checkpoint, sha256, str(args.source.resolve()), blip.model.text_proj.out_features, tokens,
-            args.keep_tokens, threshold=DEFAULT_THRESHOLD if threshold is None else threshold, store=args.store,
+            checkpoint, sha256, str(args.source.resolve()), blip.model.text_proj.out_features, tokens,
+            args.keep_tokens, threshold=DEFAULT_THRESHOLD if threshold is None else threshold, store=store,
+            precision=args.precision, config=str(Path(args.config).resolve()) if args.config else "",
         )).close()  # fmt: skip
     barrier()
     index = IndexFolder(args.index)
     if Path(index.head.root) != args.source.resolve():
         raise ValueError(f"{args.index} is the index of {index.head.root}: name another folder for {args.source}.")
+    if (args.keep_tokens and not index.head.keep_tokens) or (store and store != index.head.store):
+        raise ValueError(f"{args.index} was made without --keep_tokens, or with another --store: make a new index.")
     bring_up_to_date(index, blip, sha256, args.checkpoint)
 
 
@@ -140,7 +153,7 @@ def open_index(args: argparse.Namespace) -> "tuple[IndexFolder, Blip, str]":
     from utils import init_distributed
 
     index = IndexFolder(args.index)
-    blip = load(index.head.checkpoint, init_distributed(args.device))
+    blip = load(index.head.checkpoint, init_distributed(args.device), index.head.precision, index.head.config)
     return index, blip, weights_sha256(blip.model)
 
 
@@ -181,8 +194,7 @@ def query_command(args: argparse.Namespace) -> int:
         hits = searcher.image(args.image, args.top)
         answers = [Answer(f"like {args.image}", hits, [], None, searcher.index.head.threshold)]
     elif args.queries is not None:
-        lines = args.queries.read_text(encoding="utf-8").splitlines()
-        answers = searcher.texts([line for line in lines if line.strip()], args.top, args.rerank)
+        answers = searcher.texts(read_lines(args.queries), args.top, args.rerank)
     else:
         answers = searcher.texts([args.text], args.top, args.rerank)
     for answer in answers:
@@ -196,7 +208,7 @@ def query_command(args: argparse.Namespace) -> int:
 
 def rank_texts(searcher: "Searcher", args: argparse.Namespace) -> list[str]:
     """Lines: the texts of a file that fit a picture best, by P(match) of the nearest by contrast."""
-    texts = [line for line in args.texts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    texts = read_lines(args.texts)
     blip = searcher.blip
     cosine = blip.similarity(args.image, texts)[0]
     near = cosine.topk(min(len(texts), max(args.top, args.rerank))).indices.tolist()
@@ -204,6 +216,17 @@ def rank_texts(searcher: "Searcher", args: argparse.Namespace) -> list[str]:
     order = sorted(range(len(near)), key=lambda j: -float(score[j]))[: args.top]
     return [f"{rank:4}  cosine {cosine[near[j]]:.3f}  P(match) {match[j]:.3f}  {texts[near[j]]}"
             for rank, j in enumerate(order, 1)]  # fmt: skip
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not empty."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not text in UTF-8: save it as UTF-8") from None
+    if not lines:
+        raise ValueError(f"{path}: has no lines")
+    return lines
 
 
 def as_json(answer: "Answer") -> dict[str, Any]:
@@ -227,7 +250,7 @@ def as_lines(answer: "Answer") -> list[str]:
 
 
 def printable(path: str) -> str:
-    return path.encode("utf-8", "backslashreplace").decode()
+    return path.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
 
 
 # ---- the rest -------------------------------------------------------------------------------------------------------

@@ -9,11 +9,12 @@ to the page; nothing is fetched from anywhere; one query uses the model at a tim
 import hmac
 import io
 import logging
-import os
+import platform
 import secrets
+import socket
 import threading
 from collections.abc import Awaitable, Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import anyio.to_thread
@@ -29,7 +30,7 @@ from starlette.routing import Route
 
 from reports.heatmaps import draw_heatmap, seen_by_model
 from reports.pages import TEMPLATES
-from retrieval.search import Answer, Hit, Searcher
+from retrieval.search import Answer, Hit, Searcher, require_text
 
 log = logging.getLogger("blip")
 T = TypeVar("T")
@@ -177,6 +178,7 @@ class Page:
         number, text = values.get("number"), values.get("text")
         if not isinstance(number, int) or not 0 <= number < len(self.searcher.entries) or not isinstance(text, str):
             raise Refused("a heatmap needs the number of a picture and a text")
+        require_text(text)
 
         def make() -> bytes:
             image, blip = self.searcher.store.load(self.searcher.entries[number].name), self.searcher.blip
@@ -207,12 +209,21 @@ def serve(searcher: Searcher, host: str, port: int) -> None:
     """Serve until Ctrl-C; prints the address."""
     local = host in ("127.0.0.1", "localhost", "::1")
     token = "" if local else secrets.token_urlsafe(24)
-    names = {"127.0.0.1", "localhost", "[::1]"} | (set() if local or host in ("0.0.0.0", "::") else {host})
-    names |= set() if local else {os.uname().nodename}
-    shown = host if host not in ("0.0.0.0", "::") else os.uname().nodename
+    shown = platform.node() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     print(f"http://{shown}:{port}/{f'?token={token}' if token else ''}", flush=True)
-    app = create_app(searcher, frozenset(f"{name}:{port}" for name in names), token)
+    app = create_app(searcher, known_hosts(host, port), token)
     uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False)
+
+
+def known_hosts(host: str, port: int) -> frozenset[str]:
+    """What a browser may send as Host: names and addresses of this machine that `host` is reached by."""
+    names = {"127.0.0.1", "localhost", "::1", host} - {"0.0.0.0", "::"}
+    if host in ("0.0.0.0", "::"):
+        names.add(platform.node())
+        with suppress(OSError):
+            names |= {str(found[4][0]) for found in socket.getaddrinfo(platform.node(), None)}
+    bracketed = {f"[{name}]" if ":" in name else name for name in names}
+    return frozenset(f"{name}:{port}" for name in bracketed) | (bracketed if port == 80 else frozenset())
 
 
 # ---- what comes in, and goes out ------------------------------------------------------------------------------------
@@ -265,7 +276,7 @@ def encoded(image: Image.Image, kind: str) -> bytes:
 
 
 def printable(path: str) -> str:
-    return path.encode("utf-8", "backslashreplace").decode()
+    return path.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
 
 
 def hit_json(hit: Hit) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import os
 import secrets
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +45,9 @@ class Head:
     upright: bool = True  # EXIF orientation is applied, unlike in evaluation
     threshold: float = 0.5  # P(match) below which nothing matches
     store: str = ""  # where vectors are searched: '' = here, or milvus:...
+    precision: str = "fp32"  # and config: how the checkpoint was opened
+    config: str = ""
+    name: str = field(default_factory=lambda: secrets.token_hex(6))  # of this index, where several share a store
     format: int = FORMAT
 
 

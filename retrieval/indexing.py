@@ -8,6 +8,7 @@ likely a disk that is not mounted than a wish to delete everything.
 import hashlib
 import logging
 import os
+import stat
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -80,9 +81,16 @@ def listing(store: ImageStore) -> dict[bytes, tuple[int, int]]:
         for folder, folders, files in os.walk(root):
             folders.sort()
             for name in sorted(files):
-                if name.lower().endswith(PICTURES):
-                    stat = os.stat(os.path.join(folder, name))
-                    found[os.path.relpath(os.path.join(folder, name), root)] = stat.st_size, stat.st_mtime_ns
+                path = os.path.join(folder, name)
+                if not name.lower().endswith(PICTURES):
+                    continue
+                try:
+                    state = os.stat(path)
+                except OSError:  # a link that leads nowhere, or just removed: to be noted as unreadable
+                    found[os.path.relpath(path, root)] = 0, 0
+                    continue
+                if stat.S_ISREG(state.st_mode):
+                    found[os.path.relpath(path, root)] = state.st_size, state.st_mtime_ns
     if not found:
         kinds = ", ".join(kind.decode() for kind in PICTURES)
         raise ValueError(f"{store.root}: no pictures there ({kinds}): nothing is changed. Is the disk mounted?")

@@ -143,6 +143,8 @@ class Searcher:
 
     def texts(self, queries: Sequence[str], top: int, rerank: int = 0) -> list[Answer]:
         """Pictures for each sentence; `rerank` of the nearest are put into matching's order (0: none)."""
+        for query in queries:
+            require_text(query)
         feat = self.blip.text_features(queries).numpy()
         at_once = max(1, SCORES // max(1, len(self.entries)))
         answers, progress = [], Progress("queries", len(queries), "queries")
@@ -199,6 +201,16 @@ class Searcher:
                 tokens = self.blip.encode([self.store.load(entry.name)])[0][0].cpu()
             self.cache.put(number, tokens)
         return tokens
+
+
+def require_text(query: str) -> None:
+    """ValueError for what is empty, or no text: a byte that was not UTF-8, half of a letter."""
+    try:
+        if query.encode() and query.strip():
+            return
+    except UnicodeEncodeError:
+        pass
+    raise ValueError(f"the query {query[:80]!r} is empty, or not text in UTF-8")
 
 
 def _batches(tokens: list[Tensor], size: int = 32) -> list[list[Tensor]]:

@@ -16,7 +16,6 @@ from retrieval.index import IndexFolder
 from retrieval.search import VectorStore
 from utils import Progress
 
-COLLECTION = "blip_images"
 BATCH = 2000  # vectors of one insertion
 
 
@@ -33,26 +32,40 @@ def synchronise(index: IndexFolder) -> None:
         MilvusStore(index).synchronise()
 
 
+def milvus_place(store: str) -> str:
+    """Address, or absolute path, of milvus:...; ValueError for another kind of store."""
+    kind, _, place = store.partition(":")
+    if kind != "milvus" or not place:
+        raise ValueError(f"store {store!r}: write milvus:FILE.db or milvus:http://HOST:19530")
+    return place if "://" in place else str(Path(place).expanduser().resolve())
+
+
 class MilvusStore:
     """Vectors of an index in a Milvus collection, by the numbers of its manifest."""
 
     def __init__(self, index: IndexFolder):
-        kind, _, place = index.head.store.partition(":")
-        if kind != "milvus" or not place:
-            raise ValueError(f"store {index.head.store!r}: write milvus:FILE.db or milvus:http://HOST:19530")
+        place = milvus_place(index.head.store)
         try:
-            from pymilvus import MilvusClient
+            from pymilvus import MilvusClient, MilvusException
         except ModuleNotFoundError:
             raise ValueError("the store milvus needs its client: pip install -r requirements-milvus.txt") from None
-        for name in ("pymilvus", "milvus_lite"):
+        for name in ("pymilvus", "milvus_lite", "faiss"):
             logging.getLogger(name).setLevel(logging.WARNING)
+        if "://" not in place:  # the embedded edition lacks a call that the client does without
+            logging.getLogger("grpc._server").setLevel(logging.CRITICAL)
         self.index = index
-        self.place = place if "://" in place else str(Path(place).expanduser().resolve())
-        self.client: Any = MilvusClient(self.place)
-        if not self.client.has_collection(COLLECTION):
-            self.client.create_collection(
-                COLLECTION, dimension=index.head.embed_dim, metric_type="IP", id_type="int", consistency_level="Strong"
-            )
+        self.place = place
+        self.collection = f"blip_{index.head.name}"
+        try:
+            self.client: Any = MilvusClient(self.place)
+            if not self.client.has_collection(self.collection):
+                width = index.head.embed_dim
+                self.client.create_collection(
+                    self.collection, dimension=width, metric_type="IP", id_type="int", consistency_level="Strong"
+                )
+            self.client.load_collection(self.collection)
+        except MilvusException as error:
+            raise ValueError(f"store {index.head.store}: Milvus answers: {error.message}") from None
         self.numbers = {number: place for place, (number, _) in enumerate(index.numbered())}  # id: place in the list
 
     def synchronise(self) -> None:
@@ -61,7 +74,7 @@ class MilvusStore:
         there = dict(self._there())
         gone = [number for number in there if number not in wanted]
         for start in range(0, len(gone), BATCH):
-            self.client.delete(COLLECTION, ids=gone[start : start + BATCH])
+            self.client.delete(self.collection, ids=gone[start : start + BATCH])
         new = [(number, entry) for number, entry in self.index.numbered() if there.get(number) != wanted[number]]
         progress = Progress("vectors into Milvus", len(new), "vectors")
         for start in range(0, len(new), BATCH):
@@ -71,20 +84,22 @@ class MilvusStore:
                 assert entry.part is not None and entry.row is not None
                 vector = np.asarray(self.index.vectors(entry.part)[entry.row])
                 rows.append({"id": number, "vector": vector.tolist(), "place": wanted[number]})
-            self.client.upsert(COLLECTION, rows)
+            self.client.upsert(self.collection, rows)
             progress.add(len(part))
 
     def _there(self) -> Iterator[tuple[int, str]]:
-        rows = self.client.query_iterator(COLLECTION, batch_size=BATCH, filter="id >= 0", output_fields=["id", "place"])
-        while part := rows.next():
-            yield from ((int(row["id"]), str(row["place"])) for row in part)
-        rows.close()
+        start, number = 0, "count(*)"
+        while self.client.query(self.collection, filter=f"id >= {start}", output_fields=[number])[0][number]:
+            part = f"id >= {start} and id < {start + BATCH}"
+            rows = self.client.query(self.collection, filter=part, output_fields=["id", "place"], limit=BATCH)
+            yield from ((int(row["id"]), str(row["place"])) for row in rows)
+            start += BATCH
 
     def nearest(self, queries: np.ndarray, k: int) -> list[list[tuple[int, float]]]:
         """As `LocalStore.nearest`; how exact it is depends on the collection's kind of index."""
         if not len(self.numbers):
             return [[] for _ in queries]
-        found = self.client.search(COLLECTION, data=queries.tolist(), limit=min(k, len(self.numbers)))
+        found = self.client.search(self.collection, data=queries.tolist(), limit=min(k, len(self.numbers)))
         return [
             [(self.numbers[int(hit["id"])], float(hit["distance"])) for hit in hits if int(hit["id"]) in self.numbers]
             for hits in found
@@ -103,6 +118,8 @@ def export(index: IndexFolder, out: Path) -> Path:
         assert entry.part is not None
         vectors[row] = mapped[entry.part][entry.row]
     kind, part = out.suffix.lower(), out.with_name(f".{out.name}.part")
+    if not out.parent.is_dir():
+        raise ValueError(f"{out}: there is no folder {out.parent}.")
     try:
         if kind == ".npy":
             with open(part, "wb") as file:

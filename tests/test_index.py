@@ -437,6 +437,46 @@ def test_other_weights_and_roots_are_refused(indexed, tmp_path, capsys):
     assert program.main(["status", str(tmp_path)]) == 2 and "there is no index" in capsys.readouterr().err
     assert program.main(["index", args[1], str(tmp_path / "none"), str(tmp_path / "i"), "--device", "cpu"]) == 2
     assert "no such folder" in capsys.readouterr().err and not (tmp_path / "i").exists()
+    (tmp_path / "empty").mkdir()
+    for source, more in (
+        (tmp_path / "p" / "0.png", []),
+        (tmp_path / "empty", []),
+        (tmp_path / "p", ["--store", "foo"]),
+    ):
+        args = ["index", str(tmp_path / "other.pth"), str(source), str(tmp_path / "i"), "--device", "cpu", *more]
+        assert program.main(args) == 2 and not (tmp_path / "i").exists()  # nothing is left to be in the way
+    capsys.readouterr()
+    args = ["index", str(indexed.parent / "x"), str(indexed / "pictures"), str(indexed / "index"), "--keep_tokens"]
+    head = IndexFolder(indexed / "index").head
+    assert program.main([args[0], head.checkpoint, *args[2:], "--device", "cpu"]) == 2
+    assert "without --keep_tokens" in capsys.readouterr().err
+
+
+def test_links_that_lead_nowhere_are_noted_and_pipes_left_alone(tmp_path, blip):
+    root = some_pictures(tmp_path / "pictures", 2)
+    (root / "dangling.png").symlink_to(tmp_path / "nowhere.png")
+    os.mkfifo(root / "pipe.jpg")
+    index = new_index(tmp_path / "index", root)
+    update_index(index, blip)
+    assert set(index.entries()) == {b"0.png", b"1.png", b"dangling.png"}
+    assert index.entries()[b"dangling.png"].error
+
+
+def test_an_index_is_found_from_another_folder_and_opened_as_it_was_made(tmp_path, weights, monkeypatch, capsys):
+    some_pictures(tmp_path / "here" / "pictures", 3)
+    shutil.copy(weights, tmp_path / "here" / "w.pth")
+    monkeypatch.chdir(tmp_path / "here")
+    assert program.main(["index", "w.pth", "pictures", "index", "--device", "cpu", "--precision", "bf16"]) == 0
+    monkeypatch.chdir(tmp_path)
+    head = IndexFolder(Path("here/index")).head
+    assert head.precision == "bf16" and Path(head.checkpoint).is_absolute()
+    assert program.main(["query", "here/index", "a dog", "--device", "cpu"]) in (0, 1)
+
+
+@pytest.mark.parametrize("query", ["", "  ", "\udcff dog"])
+def test_what_is_no_text_is_refused(indexed, query, capsys):
+    assert program.main(["query", str(indexed / "index"), query, "--device", "cpu"]) == 2
+    assert "is empty, or not text in UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.slow

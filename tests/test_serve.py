@@ -2,6 +2,7 @@
 
 import io
 import json
+import platform
 import re
 import shutil
 import socket
@@ -123,7 +124,7 @@ def test_a_form_of_another_page_cannot_ask(client):
 
 
 @pytest.mark.parametrize("body", ["", "{", "[]", '{"text": 3}', '{"text": " "}', '{"text": "%s"}' % ("a" * 1001),
-                                  "[" * 100000])  # fmt: skip
+                                  "[" * 100000, '{"text": "\\ud800 dog"}'])  # fmt: skip
 def test_bad_bodies_are_explained(client, body):
     answer = client.post("/search", content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 400 and answer.json()["error"]
@@ -142,6 +143,14 @@ def test_uploads_are_bounded_in_bytes_and_pixels(client, monkeypatch):
     answer = client.post("/similar", content=b"x" * 2000)
     assert answer.status_code == 400 and "too large" in answer.json()["error"]
     assert decode(whole.getvalue()).size == (68, 64)
+
+
+def test_hosts_that_a_browser_sends():
+    assert {"127.0.0.1:8000", "localhost:8000", "[::1]:8000"} <= serve.known_hosts("127.0.0.1", 8000)
+    assert "localhost" in serve.known_hosts("127.0.0.1", 80) and "localhost" not in serve.known_hosts("127.0.0.1", 81)
+    assert "[fe80::2]:8000" in serve.known_hosts("fe80::2", 8000)
+    everywhere = serve.known_hosts("0.0.0.0", 8000)
+    assert f"{platform.node()}:8000" in everywhere and "0.0.0.0:8000" not in everywhere
 
 
 def test_another_host_needs_the_token(searcher):

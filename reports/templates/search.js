@@ -65,6 +65,10 @@ async function search(words) {
     say("by contrast; matching is putting them into order …");
     const second = await (await post("/search", JSON.stringify({ text: words, rerank: true }), "application/json")).json();
     if (mine !== query) return;
+    if (!second.reranked.length) {
+      say(first.contrast.length ? "by contrast alone: these pictures cannot be read any more; update the index" : "the index is empty");
+      return;
+    }
     show(second.reranked);
     say(second.matches ? "re-ranked by matching" : `nothing matches: every P(match) is below ${second.threshold.toFixed(3)}`);
   } catch (error) { if (mine === query) say(error.message); }
