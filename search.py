@@ -108,9 +108,8 @@ def make_index(args: argparse.Namespace) -> None:
     from checkpoints.weights import weights_sha256
     from data.images import ImageStore
     from models import load
-    from retrieval.index import HEAD, Head, IndexFolder
+    from retrieval.index import DEFAULT_THRESHOLD, HEAD, Head, IndexFolder
     from retrieval.indexing import listing
-    from retrieval.search import DEFAULT_THRESHOLD
     from retrieval.stores import milvus_place
     from retrieval.threshold import kept_threshold
     from utils import barrier, init_distributed, is_main
@@ -118,7 +117,8 @@ def make_index(args: argparse.Namespace) -> None:
     device = init_distributed(args.device)
     if not (args.source.is_dir() or (args.source.is_file() and args.source.suffix.lower() == ".zip")):
         raise ValueError(f"{args.source}: there is no such folder, and it is no .zip either.")
-    listing(ImageStore(args.source))  # there are pictures
+    if is_main() and not (args.index / HEAD).exists():
+        listing(ImageStore(args.source))  # there are pictures: nothing is made before that is known
     store = f"milvus:{milvus_place(args.store)}" if args.store else ""
     blip = load(args.checkpoint, device, args.precision, args.config)
     checkpoint = str(Path(args.checkpoint).resolve()) if Path(args.checkpoint).exists() else args.checkpoint
@@ -184,13 +184,13 @@ def open_searcher(args: argparse.Namespace) -> "Searcher":
 
 
 def query_command(args: argparse.Namespace) -> int:
+    from retrieval.search import Answer, as_json
+
     searcher = open_searcher(args)
     if args.image is not None and args.texts is not None:
         print("\n".join(rank_texts(searcher, args)))
         return 0
     if args.image is not None:
-        from retrieval.search import Answer
-
         hits = searcher.image(args.image, args.top)
         answers = [Answer(f"like {args.image}", hits, [], None, searcher.index.head.threshold)]
     elif args.queries is not None:
@@ -229,13 +229,9 @@ def read_lines(path: Path) -> list[str]:
     return lines
 
 
-def as_json(answer: "Answer") -> dict[str, Any]:
-    """An answer in plain values; a path that is no text keeps its bytes as \\udcXX, as Python spells them."""
-    return answer._asdict() | {key: [hit._asdict() for hit in getattr(answer, key)] for key in ("contrast", "reranked")}
-
-
 def as_lines(answer: "Answer") -> list[str]:
     """An answer to read: the contrast list first, then the re-ranked one."""
+    from retrieval.search import printable
 
     def row(hit: "Hit") -> str:
         match = "" if hit.match is None else f"  P(match) {hit.match:.3f}  by contrast {hit.rank_itc}"
@@ -247,10 +243,6 @@ def as_lines(answer: "Answer") -> list[str]:
     if answer.matches is False:
         lines.append(f"  nothing matches: every P(match) is below {answer.threshold:.3f}")
     return lines
-
-
-def printable(path: str) -> str:
-    return path.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
 
 
 # ---- the rest -------------------------------------------------------------------------------------------------------
@@ -270,6 +262,8 @@ def status_command(args: argparse.Namespace) -> None:
 
 def describe(index: "IndexFolder") -> list[str]:
     """Lines about what an index holds."""
+    from retrieval.search import printable
+
     entries = list(index.entries().values())
     bad = [entry for entry in entries if entry.error]
     parts = {path.stem for path in index.folder.glob("part_*.f32")}

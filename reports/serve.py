@@ -8,7 +8,7 @@ to the page; nothing is fetched from anywhere; one query uses the model at a tim
 
 import hmac
 import io
-import logging
+import json
 import platform
 import secrets
 import socket
@@ -30,9 +30,8 @@ from starlette.routing import Route
 
 from reports.heatmaps import draw_heatmap, seen_by_model
 from reports.pages import TEMPLATES
-from retrieval.search import Answer, Hit, Searcher, require_text
+from retrieval.search import Searcher, as_json, hit_json, printable, require_text
 
-log = logging.getLogger("blip")
 T = TypeVar("T")
 
 MAX_UPLOAD, MAX_PIXELS, MAX_TEXT = 20 << 20, 50_000_000, 1000  # bytes, pixels, letters
@@ -116,7 +115,7 @@ class Page:
         environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
         index = searcher.index
         self.html = environment.get_template("search.html").render(
-            root=printable(index.head.root), pictures=len(searcher.entries), rerank=RERANK
+            root=printable(index.head.root), pictures=len(searcher.entries)
         )
 
     async def run(self, work: Callable[[], T]) -> T:
@@ -148,13 +147,13 @@ class Page:
         if not isinstance(text, str) or not text.strip() or len(text) > MAX_TEXT:
             raise Refused(f"a query is a text of 1 to {MAX_TEXT} letters")
         (answer,) = await self.run(lambda: self.searcher.texts([text], TOP, rerank))
-        return JSONResponse(as_json(answer))
+        return JSONResponse(as_json(answer, printable))
 
     async def similar(self, request: Request) -> Response:
         """A picture's bytes -> pictures like it."""
         image = decode(await read_body(request, MAX_UPLOAD))
         hits = await self.run(lambda: self.searcher.image(image, TOP))
-        return JSONResponse({"contrast": [hit_json(hit) for hit in hits], "reranked": [], "matches": None})
+        return JSONResponse({"contrast": [hit_json(hit, printable) for hit in hits], "reranked": [], "matches": None})
 
     async def picture(self, request: Request) -> Response:
         """/picture/NUMBER/small|large as a JPEG that is made here."""
@@ -241,8 +240,6 @@ async def read_body(request: Request, most: int) -> bytes:
 
 async def read_json(request: Request) -> dict[str, Any]:
     """An object of JSON; its content type is one that no form of another page can send."""
-    import json
-
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise Refused("the content type must be application/json")
     try:
@@ -273,16 +270,3 @@ def encoded(image: Image.Image, kind: str) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind)
     return buffer.getvalue()
-
-
-def printable(path: str) -> str:
-    return path.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
-
-
-def hit_json(hit: Hit) -> dict[str, Any]:
-    return hit._asdict() | {"path": printable(hit.path)}
-
-
-def as_json(answer: Answer) -> dict[str, Any]:
-    lists = {key: [hit_json(hit) for hit in getattr(answer, key)] for key in ("contrast", "reranked")}
-    return answer._asdict() | lists

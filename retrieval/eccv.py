@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.annotations import NO_SENTENCE, Annotations
+from retrieval.rankings import best_first
 from retrieval.rerank import Ranking, Shortlists
 from transform.text import clean_caption
 
@@ -79,7 +80,7 @@ def retrieved(lists: Shortlists, image_ids: np.ndarray, caption_ids: np.ndarray)
     """The package's form of re-ranked lists: COCO id of a query: COCO ids of the candidates, the best first."""
 
     def by_id(candidates: np.ndarray, scores: np.ndarray, ids: np.ndarray, gallery: np.ndarray) -> dict[int, list[int]]:
-        best = np.take_along_axis(candidates, np.lexsort((candidates, -scores), axis=1), 1)
+        best = np.take_along_axis(candidates, best_first(candidates, scores), 1)
         return dict(zip(ids.tolist(), gallery[best].tolist(), strict=True))
 
     return {

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 FORMAT = 1
+DEFAULT_THRESHOLD = 0.5  # P(match) below which nothing matches, where none was calibrated
 HEAD, MANIFEST = "index.json", "manifest.sqlite"
 SCHEMA = """CREATE TABLE IF NOT EXISTS images (id INTEGER PRIMARY KEY, path BLOB UNIQUE NOT NULL, size INTEGER NOT NULL,
  mtime_ns INTEGER NOT NULL, digest BLOB NOT NULL, part TEXT, row INTEGER, error TEXT)"""
@@ -43,7 +44,7 @@ class Head:
     tokens: tuple[int, int]  # T, V
     keep_tokens: bool = False
     upright: bool = True  # EXIF orientation is applied, unlike in evaluation
-    threshold: float = 0.5  # P(match) below which nothing matches
+    threshold: float = DEFAULT_THRESHOLD  # P(match) below which nothing matches
     store: str = ""  # where vectors are searched: '' = here, or milvus:...
     precision: str = "fp32"  # and config: how the checkpoint was opened
     config: str = ""

@@ -112,10 +112,15 @@ def keep(ranking: Ranking, table: Annotations, split: str) -> Rankings:
     return Rankings(split, table.images, ids, table.captions, table.caption_image, text_ids, txt, img, itm.i2t.shape[1])
 
 
+def best_first(candidates: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """(Q, k) places that sort candidates: the highest score first, on a tie the lower gallery index."""
+    return np.lexsort((candidates, -scores), axis=1)
+
+
 def order(candidates: np.ndarray, scores: np.ndarray, query_ids: np.ndarray, gallery_ids: np.ndarray) -> Order:
     """Candidates and scores (Q, k) sorted: the highest score first, on a tie the lower gallery index."""
     place = places(candidates, scores, query_ids, gallery_ids)
-    first = np.lexsort((candidates, -scores), axis=1)[:, :BEST]  # (Q, at most BEST)
+    first = best_first(candidates, scores)[:, :BEST]  # (Q, at most BEST)
     best = np.full((len(candidates), BEST), ABSENT, np.int32)
     score = np.full((len(candidates), BEST), np.nan, np.float32)
     best[:, : first.shape[1]] = np.take_along_axis(candidates, first, 1)

@@ -8,9 +8,9 @@ Shapes: n pictures, E embedding width, q queries, k hits, T image tokens, V thei
 
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -28,7 +28,6 @@ CHUNK = 1 << 16  # rows of a part that are scored at once
 SCORES = 1 << 26  # cosines that are held at once
 MARGIN = 1e-5  # beyond which float32 and float64 cosines do not differ
 CACHE_BYTES = 512 << 20  # of image tokens of recent shortlists
-DEFAULT_THRESHOLD = 0.5
 
 
 class Hit(NamedTuple):
@@ -134,9 +133,7 @@ class Searcher:
 
     def __init__(self, index: IndexFolder, blip: Blip, vectors: VectorStore | None = None):
         self.index, self.blip = index, blip
-        numbered = index.numbered()
-        self.entries = [entry for _, entry in numbered]
-        self.ids = [number for number, _ in numbered]  # of the manifest
+        self.entries = [entry for _, entry in index.numbered()]
         self.vectors = vectors or LocalStore(index, self.entries)
         self.store = ImageStore(index.head.root, blip.rule, upright=index.head.upright)
         self.cache = TokenCache()
@@ -211,6 +208,22 @@ def require_text(query: str) -> None:
     except UnicodeEncodeError:
         pass
     raise ValueError(f"the query {query[:80]!r} is empty, or not text in UTF-8")
+
+
+def printable(path: str) -> str:
+    """A path as one line of text: bytes that are none, and line ends, are written out."""
+    return path.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
+
+
+def hit_json(hit: Hit, spell: Callable[[str], str] = str) -> dict[str, Any]:
+    """A hit in plain values; `spell` writes its path."""
+    return hit._asdict() | {"path": spell(hit.path)}
+
+
+def as_json(answer: Answer, spell: Callable[[str], str] = str) -> dict[str, Any]:
+    """An answer in plain values; by default a path that is no text keeps its bytes as Python spells them, \\udcXX."""
+    lists = {key: [hit_json(hit, spell) for hit in getattr(answer, key)] for key in ("contrast", "reranked")}
+    return answer._asdict() | lists
 
 
 def _batches(tokens: list[Tensor], size: int = 32) -> list[list[Tensor]]:

@@ -18,6 +18,7 @@ from configs.schema import load_config
 from data.annotations import NO_IMAGE, load_annotations
 from data.images import open_store
 from models.loading import Blip
+from retrieval.index import write_json
 from utils import Progress
 
 FILE = "threshold.json"  # beside a checkpoint
@@ -65,10 +66,8 @@ def best_threshold(with_own: np.ndarray, without: np.ndarray) -> Calibration:
 def keep_threshold(blip: Blip, run: Path, calibration: Calibration) -> Path:
     """Write it beside the checkpoint, with the weights that it belongs to."""
     values = calibration._asdict() | {"split": "val", "weights_sha256": weights_sha256(blip.model)}
-    path, part = run / FILE, run / f"{FILE}.part"
-    part.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
-    return path
+    write_json(run / FILE, values)
+    return run / FILE
 
 
 def kept_threshold(checkpoint: str, sha256: str) -> float | None:

@@ -16,14 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-import search as program
 from models import load
 from reports import serve
 from reports.hits import write_page
 from reports.serve import COOKIE, HEADERS, OneAtATime, create_app, decode
 from retrieval.index import IndexFolder
 from retrieval.indexing import update_index
-from retrieval.search import Searcher
+from retrieval.search import Searcher, as_json
 from tests.conftest import tiny_med, tiny_model
 from tests.test_index import new_index, picture, some_pictures
 
@@ -71,7 +70,7 @@ def test_the_page_answers_as_the_program_does(client, searcher, capsys):
     (reranked,) = searcher.texts(["a red dog"], serve.TOP, serve.RERANK)
     assert [hit["number"] for hit in first["contrast"]] == [hit.number for hit in plain.contrast]
     assert first["reranked"] == [] and first["matches"] is None
-    expected = json.loads(json.dumps(program.as_json(reranked)))
+    expected = json.loads(json.dumps(as_json(reranked)))
     assert second["reranked"] == expected["reranked"] and second["matches"] == expected["matches"]
     found = client.post("/similar", content=png(seed=3), headers={"content-type": "application/octet-stream"}).json()
     assert found["contrast"][0]["path"] == "3.png" and found["contrast"][0]["cosine"] > 0.999
