@@ -40,12 +40,12 @@ def draw(args: argparse.Namespace) -> Path:
 
     from models import load
     from reports.heatmaps import draw_heatmap, seen_by_model
-    from transform.text import MAX_WORDS, clean_caption
 
     blip = load(args.checkpoint, args.device, config=args.config)
     found = blip.heatmap(args.image, args.caption, args.layer)
-    if rest := clean_caption(args.caption, sys.maxsize).split(" ")[MAX_WORDS:]:
-        print(f"the model reads {MAX_WORDS} words at most; not drawn: {' '.join(rest)}", file=sys.stderr)
+    tokenizer = blip.model.tokenizer
+    if rest := tokenizer.clean(args.caption, sys.maxsize).split(" ")[tokenizer.max_words :]:
+        print(f"the model reads {tokenizer.max_words} words at most; not drawn: {' '.join(rest)}", file=sys.stderr)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.out.suffix.lower() == ".png":
         draw_heatmap(seen_by_model(blip.picture(args.image), blip.model.image_size), found).save(args.out)

@@ -96,6 +96,7 @@ def run(cfg: RetrievalConfig, args: argparse.Namespace) -> int:
     import torch
 
     from models.blip_retrieval import build_model
+    from models.freezing import train_less
     from retrieval.evaluate import evaluate_only
     from training.dry_run import print_dry_run
     from training.loop import train
@@ -105,6 +106,7 @@ def run(cfg: RetrievalConfig, args: argparse.Namespace) -> int:
     device = init_distributed(args.device)
     setup_logging()
     job, found = preflight(cfg, args)
+    cfg = job.cfg
     found.errors = from_main(found.errors)
     if args.check and is_main():
         found.print()
@@ -118,7 +120,10 @@ def run(cfg: RetrievalConfig, args: argparse.Namespace) -> int:
         return 2 if found.errors else 0
     found.raise_or_log()
     torch.manual_seed(args.seed)  # the same random weights on every process
-    model = build_model(cfg).to(device)
+    model = build_model(cfg, job.plan.med, job.plan.tokenizer)
+    if not args.evaluate:
+        train_less(model, cfg)
+    model = model.to(device)
     try:
         if args.dry_run:
             print_dry_run(model, job)

@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from checkpoints.files import few
 from checkpoints.huggingface import read_folder, write_folder
@@ -24,7 +25,7 @@ def export_folder(source: str, folder: Path, config: str = "") -> LoadReport:
     file = open_weights(source)
     sizes, med = file_sizes(file, config)
     state, report = fit(file, empty_model(sizes, med).state_dict())
-    write_folder(folder, state, med, file.name)
+    write_folder(folder, state, med, file.name, file.extra)
     return report
 
 
@@ -38,7 +39,8 @@ def import_folder(folder: Path, path: Path) -> LoadReport:
         state[key] = state[key.replace("_m.", ".", 1)]  # shared memory is stored once
     config = {"vit": sizes.vit, **{key: getattr(sizes, key) for key in ("image_size", "patch_size", "embed_dim")}}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically({"model": state, "config": config, "text_config": file.extra["text_config"]}, path)
+    said: dict[str, Any] = {key: file.extra[key] for key in ("text_config", "tokenizer") if key in file.extra}
+    write_atomically({"model": state, "config": config | file.extra.get("config", {}), **said}, path)
     return report
 
 
@@ -64,6 +66,7 @@ def describe(source: str) -> list[str]:
         f"parameters: {online / 1e6:.1f} M without momentum twins and queues",
         *(f"    {part}: {count:,}" for part, count in parts.items()),
     ]
+    lines.append(f"tokenizer: {file.tokenizer}")
     if file.ignored:
         lines.append(f"ignored: {len(file.ignored)} tensors: {few(file.ignored, 3)}")
     lines += [

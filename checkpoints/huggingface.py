@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoints.files import few
-from checkpoints.weights import QUEUES, TWINS, Sizes, WeightFile, read_sizes, read_weights
+from checkpoints.weights import QUEUES, TWINS, Sizes, WeightFile, read_sizes, read_weights, tokenizer_in
 from configs.schema import TEMP_RANGE
 from configs.sizes import VIT_SIZES, MedConfig
 from transform.image import MEAN, STD
-from transform.text import build_tokenizer
+from transform.text import (
+    TOKENIZER,
+    VOCABULARY,
+    CaptionTokenizer,
+    blip_tokenizer,
+    read_json,
+    read_tokenizer,
+)
 
 log = logging.getLogger(__name__)
 
 ARCHITECTURE = "BlipForImageTextRetrieval"
 CONFIG, TENSORS = "config.json", "model.safetensors"
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 TENSOR_FILES = (TENSORS, "pytorch_model.bin")
 INITIAL_TEMP = 0.07  # BLIP's, for folders that were converted without it
 VIT_NORM_EPS = 1e-6  # transformers' default is 1e-5
@@ -85,31 +94,45 @@ def _rename_key(key: str, to_official: bool) -> str | None:
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
-def write_folder(folder: Path, state: dict[str, Tensor], med: MedConfig, name: str) -> None:
+def write_folder(
+    folder: Path,
+    state: dict[str, Tensor],
+    med: MedConfig,
+    name: str,
+    extra: dict[str, Any] | None = None,
+) -> None:
     """Write a folder that `BlipForImageTextRetrieval.from_pretrained` and `BlipProcessor.from_pretrained` load.
 
-    The tensors are official ones of the file `name`. Each file replaces a former one in one step, the tensors first.
+    The tensors are official ones of the file `name`, `extra` what else it says. Each file replaces a former one in one
+    step, the tensors first.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file; name the folder to write to.")
+    if read_sizes(state, name).norm_pre:
+        raise ValueError(f"{name}: its image encoder is CLIP's, with a norm that {ARCHITECTURE} does not have.")
+    extra = extra or {}
+    trained = extra.get("config", {})
+    colours = trained.get("image_mean") or MEAN, trained.get("image_std") or STD
+    tokenizer = tokenizer_in(extra) or blip_tokenizer()
     online = {
         key: value.contiguous()
         for key, value in state.items()
         if key != "temp" and key not in QUEUES and not key.startswith(TWINS)
     }
-    config = _to_hf_config(read_sizes(state, name), med, state["temp"].item(), online["itm_head.weight"].dtype)
+    dtype = online["itm_head.weight"].dtype
+    config = _to_hf_config(read_sizes(state, name), med, tokenizer, state["temp"].item(), dtype)
     tensors = rename(online, to_official=False, name=name)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".part") as part:
         save_file(tensors, Path(part, TENSORS), metadata={"format": "pt"})
         Path(part, CONFIG).write_text(config, encoding="utf-8")
-        _processor(read_sizes(state, name).image_size).save_pretrained(part)
+        _processor(read_sizes(state, name).image_size, tokenizer, colours).save_pretrained(part)
         shutil.copymode(Path(part, CONFIG), Path(part, TENSORS))  # safetensors makes it readable for its owner only
         for file in sorted(Path(part).iterdir(), key=lambda file: file.name != TENSORS):
             os.replace(file, folder / file.name)
 
 
-def _processor(image_size: int) -> Any:
+def _processor(image_size: int, tokenizer: CaptionTokenizer, colours: tuple[Sequence[float], Sequence[float]]) -> Any:
     """transformers' counterpart of this program's transforms: pixels differ by one grey level at most.
 
     It neither cleans captions nor puts [ENC] first.
@@ -118,16 +141,18 @@ def _processor(image_size: int) -> Any:
 
     pictures = BlipImageProcessor(
         size={"height": image_size, "width": image_size}, resample=Image.Resampling.BICUBIC,
-        image_mean=list(MEAN), image_std=list(STD), do_convert_rgb=True,
+        image_mean=list(colours[0]), image_std=list(colours[1]), do_convert_rgb=True,
     )  # fmt: skip
-    return BlipProcessor(pictures, build_tokenizer())
+    return BlipProcessor(pictures, tokenizer.bert)
 
 
-def _to_hf_config(sizes: Sizes, med: MedConfig, temp: float, dtype: torch.dtype) -> str:
+def _to_hf_config(sizes: Sizes, med: MedConfig, tokenizer: CaptionTokenizer, temp: float, dtype: torch.dtype) -> str:
     """The folder's config.json; MedConfig's words but encoder_width are BlipTextConfig's too."""
     from transformers import BlipConfig  # seconds to import
 
     text = {field.name: getattr(med, field.name) for field in fields(MedConfig) if field.name != "encoder_width"}
+    if not tokenizer.reads_as(blip_tokenizer()):  # else transformers' defaults
+        text |= {"bos_token_id": tokenizer.enc - 1, "sep_token_id": tokenizer.sep, "eos_token_id": tokenizer.sep}
     config = BlipConfig(  # type: ignore[call-arg]  # `temp`: it keeps keys that it does not know
         text_config=text | {"encoder_hidden_size": sizes.width, "is_decoder": True},  # True: with cross-attention
         vision_config={
@@ -183,10 +208,25 @@ def adopt(file: WeightFile, folder: Path) -> WeightFile:
         if sizes.vit and heads != VIT_SIZES[sizes.vit][2]:
             raise ValueError(f"{name}: {sizes.vit_words} with {heads} heads, but BLIP's has {VIT_SIZES[sizes.vit][2]}.")
         extra["text_config"] = {field.name: getattr(med, field.name) for field in fields(MedConfig)}
+        extra |= _read_processor(folder)
     if temp is None:
         log.warning("%s: gives no temperature (`temp` in its config.json): using %s", name, INITIAL_TEMP)
         temp = INITIAL_TEMP
     return WeightFile(name, state | {"temp": torch.tensor(temp)}, file.ignored, extra)
+
+
+def _read_processor(folder: Path) -> dict[str, Any]:
+    """Tokenizer and normalisation of the folder, as a checkpoint of this program says them; {} where it has none."""
+    extra: dict[str, Any] = {}
+    if (folder / VOCABULARY).exists() or (folder / TOKENIZER).exists():
+        extra["tokenizer"] = read_tokenizer(folder).to_plain()
+    for name in PROCESSORS:
+        said = read_json(folder / name)
+        said = said.get("image_processor", said)
+        if "image_mean" in said and "image_std" in said:
+            extra["config"] = {key: [float(x) for x in said[key]] for key in ("image_mean", "image_std")}
+            break
+    return extra
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

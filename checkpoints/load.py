@@ -19,10 +19,13 @@ from checkpoints.weights import (
     QUEUES,
     TWINS,
     WeightFile,
+    merge_lora,
     read_sizes,
     read_weights,
     require_equal_sizes,
+    require_equal_tokenizers,
     resample_pos_embed,
+    unmerge_lora,
 )
 from configs.sizes import MedConfig
 
@@ -34,7 +37,8 @@ class LoadReport:
     """What became of the tensors, by official name; `kind` says what the file is.
 
     loaded: as they are; resampled: position embeddings of another image size; seeded: momentum twins that start at the
-    online weights; ignored: not used, though in the file; missing: queues, which stay as the model made them.
+    online weights; ignored: not used, though in the file; missing: queues, which stay as the model made them. Of towers
+    also folded: into their neighbours, without loss; random: in no tower, as cross-attention and heads.
     """
 
     loaded: list[str] = field(default_factory=list)
@@ -43,9 +47,12 @@ class LoadReport:
     ignored: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     kind: str = ""
+    folded: list[str] = field(default_factory=list)
+    random: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        counts = ("loaded", "resampled", "seeded", "ignored", "missing")
+        counts = ["loaded", "resampled", "seeded", "ignored", "missing"]
+        counts += [name for name in ("folded", "random") if getattr(self, name)]
         return f"{self.kind}: {', '.join(f'{len(getattr(self, name))} {name}' for name in counts)}"
 
 
@@ -82,8 +89,9 @@ def load_pretrained(model: RetrievalModel, source: str, cache_dir: str = "") -> 
     """
     file = open_weights(source, cache_dir)
     require_equal_heads(file, model.text_encoder.config)
-    state, report = fit(file, model.state_dict())
-    model.load_state_dict(state, strict=False)
+    require_equal_tokenizers(file.name, file.tokenizer, model.tokenizer)
+    state, report = fit(file, merge_lora(model.state_dict()), model.vit)
+    model.load_state_dict(unmerge_lora(state, model.state_dict()), strict=False)
     if report.seeded:
         model.copy_params()
     log.info("%s: %s", file.name, report)
@@ -94,9 +102,13 @@ def load_pretrained(model: RetrievalModel, source: str, cache_dir: str = "") -> 
     return report
 
 
-def fit(file: WeightFile, target: dict[str, Tensor]) -> tuple[dict[str, Tensor], LoadReport]:
-    """The file's tensors in `target`'s shapes, and a report; ValueError unless they make a whole model."""
-    require_equal_sizes(read_sizes(file.state, file.name), read_sizes(target, "the model"), file.name)
+def fit(file: WeightFile, target: dict[str, Tensor], vit: str = "") -> tuple[dict[str, Tensor], LoadReport]:
+    """The file's tensors in `target`'s shapes, and a report; ValueError unless they make a whole model.
+
+    `vit`: the model's image encoder, by its name.
+    """
+    named = file.extra.get("config", {}).get("vit", "")
+    require_equal_sizes(read_sizes(file.state, file.name, named), read_sizes(target, "the model", vit), file.name)
     state = {key: value for key, value in file.state.items() if key not in QUEUES}
     resampled = [key for key in POS_EMBEDS if key in state and state[key].shape[1] != target[key].shape[1]]
     for key in resampled:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from configs.sizes import MedConfig
+from transform.text import CaptionTokenizer
 
 
 class HasConfig(Protocol):
@@ -15,6 +16,9 @@ class HasConfig(Protocol):
 
 class RetrievalModel(Protocol):
     """Official names in its state dict, a text encoder with its sizes, and momentum twins."""
+
+    vit: str
+    tokenizer: CaptionTokenizer
 
     @property
     def text_encoder(self) -> HasConfig: ...

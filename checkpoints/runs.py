@@ -1,9 +1,9 @@
 """Saves of a training run: one atomic file each, and exact continuation.
 
-A save holds the official layout (`model`, `optimizer`, `config`, `epoch`) and `text_config`, `run`, `world_size`, and
-`code`, the version that wrote it. It needs no state of random generators: training derives every draw from (seed, step,
-rank), and the sampler's place is `run.step`. What a crash can cost: the steps since the last save. A file gets its name
-when it is whole and on disk.
+A save holds the official layout (`model`, `optimizer`, `config`, `epoch`) and `text_config`, `tokenizer`, `run`,
+`world_size`, and `code`, the version that wrote it. It needs no state of random generators: training derives every
+draw from (seed, step, rank), and the sampler's place is `run.step`. What a crash can cost: the steps since the last
+save. A file gets its name when it is whole and on disk.
 """
 
 import logging
@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from checkpoints.files import DamagedFile, few, read_pth
 from checkpoints.protocol import RetrievalModel
+from checkpoints.weights import merge_lora, require_equal_tokenizers, tokenizer_in
 from configs.schema import RENAMED, RetrievalConfig
 from utils import code_version, get_world_size, is_main
 
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 # Another value would continue another experiment; every other key may change.
 FIXED_KEYS = (
     "dataset", "vit", "patch_size", "image_size", "embed_dim", "queue_size", "global_batch_size", "ranks_emulated",
+    "freeze", "layer_decay", "lora",
 )  # fmt: skip
 # Of `text_config`: dropout may change, sizes may not.
 FREE_TEXT_KEYS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range")
@@ -60,17 +62,19 @@ class RunState:
 def save_checkpoint(
     path: str | Path, model: RetrievalModel, optimizer: Optimizer, config: dict[str, Any], epoch: int, **extra: Any
 ) -> None:
-    """Write the official layout and `extra` atomically; on rank 0 only.
+    """Write the official layout and `extra` atomically; on rank 0 only. Only a save for `resume` keeps A and B apart.
 
     OSError when the disk is full or fails: a former file of that name is still there then.
     """
     text_config, code = asdict(model.text_encoder.config), code_version()
     plain = {"config": config, "epoch": epoch, "text_config": text_config, "code": code, **extra}
+    plain["tokenizer"] = model.tokenizer.to_plain()
     _require_plain(plain)
     if is_main():
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically({"model": model.state_dict(), "optimizer": optimizer.state_dict(), **plain}, path)
+        state = model.state_dict() if "run" in extra else merge_lora(model.state_dict())
+        write_atomically({"model": state, "optimizer": optimizer.state_dict(), **plain}, path)
 
 
 def write_atomically(data: dict[str, Any], path: Path) -> None:
@@ -176,6 +180,8 @@ def load_run(path: Path, model: RetrievalModel, optimizer: Optimizer, config: di
             "`pretrained`."
         )
     _require_same_experiment(path, data, config, asdict(model.text_encoder.config))
+    if tokenizer := tokenizer_in(data):
+        require_equal_tokenizers(str(path), tokenizer, model.tokenizer)
     _require_fit(path, data, model, optimizer)
     model.load_state_dict(data["model"])
     options = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]

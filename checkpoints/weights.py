@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from checkpoints.files import few, read_tensors
 from configs.sizes import VIT_SIZES
+from transform.text import CaptionTokenizer, blip_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ QUEUES = ("image_queue", "text_queue", "idx_queue", "ptr_queue", "queue_ptr")
 # May be absent together: then they start at the online weights.
 TWINS = ("visual_encoder_m.", "vision_proj_m.", "text_encoder_m.", "text_proj_m.")
 POS_EMBEDS = ("visual_encoder.pos_embed", "visual_encoder_m.pos_embed")
+LORA, LORA_ORIGINAL = ".parametrizations.", ".parametrizations.weight.original"  # torch.nn.utils.parametrize's
 COMPILED = "_orig_mod."  # torch.compile's, anywhere in a name
 # One tensor of every BLIP, by its official and its Hugging Face name: what stands before it is a wrapper's prefix.
 ANCHORS = ("visual_encoder.cls_token", "vision_model.embeddings.class_embedding")
@@ -46,6 +48,11 @@ class WeightFile:
     state: dict[str, Tensor]
     ignored: list[str] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokenizer(self) -> CaptionTokenizer:
+        """Its own; BLIP's where none is stated, as in released files."""
+        return tokenizer_in(self.extra) or blip_tokenizer()
 
     @property
     def kind(self) -> str:
@@ -67,13 +74,41 @@ def read_weights(path: Path) -> WeightFile:
 
 def official_names(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """(state, ignored keys): without wrappers' prefixes and without what retrieval ignores. Queues stay."""
-    state = {key.replace(COMPILED, ""): value for key, value in state.items()}
+    state = merge_lora({key.replace(COMPILED, ""): value for key, value in state.items()})
     for anchor in ANCHORS:
         prefix = next((key.removesuffix(anchor) for key in state if key.endswith(f".{anchor}")), "")
         if prefix and all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     ignored = [key for key in state if key.startswith(IGNORED_PARTS) or key.split(".")[-1] in IGNORED_BUFFERS]
     return {key: value for key, value in state.items() if key not in set(ignored)}, ignored
+
+
+# ---- low-rank updates -----------------------------------------------------------------------------------------------
+
+
+def merge_lora(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights with low-rank updates, W, A and B, as the sum W + scale * B A under their plain names, in their order."""
+    merged = {}
+    for key, value in state.items():
+        original = key if key.endswith(LORA_ORIGINAL) else key.removesuffix(".bias") + LORA_ORIGINAL
+        plain = original.replace(LORA_ORIGINAL, ".weight")
+        if original in state and plain not in merged:  # a layer's weight stands before its bias
+            a, b, scale = (state[original.removesuffix("original") + part] for part in ("0.A", "0.B", "0.scale"))
+            merged[plain] = state[original] + scale * (b @ a)
+        if LORA not in key:
+            merged[key] = value
+    return merged
+
+
+def unmerge_lora(state: dict[str, Tensor], target: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Plain weights for a model with the names of `target`, which may have low-rank updates: they start at zero."""
+    unmerged = dict(state)
+    for key in target:
+        plain, b = key.replace(LORA_ORIGINAL, ".weight"), key.removesuffix("original") + "0.B"
+        if key.endswith(LORA_ORIGINAL) and plain in state:
+            unmerged[key] = unmerged.pop(plain)
+            unmerged[b] = torch.zeros_like(target[b])
+    return unmerged
 
 
 # ---- sizes ----------------------------------------------------------------------------------------------------------
@@ -89,19 +124,26 @@ class Sizes:
     image_size: int
     embed_dim: int
     text: dict[str, int]
+    norm_pre: bool = False
+    named: str = ""  # the config's `vit` that the weights were made with, where it is known
 
     @property
     def vit(self) -> str:
         """Name in VIT_SIZES, '' if there is none."""
-        return next((vit for vit, size in VIT_SIZES.items() if size[:2] == (self.width, self.depth)), "")
+        shapes = (self.width, self.depth, self.norm_pre)
+        fitting = [vit for vit, size in VIT_SIZES.items() if size.shapes == shapes]
+        return self.named if self.named in fitting else next(iter(fitting), "")
 
     @property
     def vit_words(self) -> str:
         return f"ViT-{self.vit or 'unknown'} ({self.width} wide, {self.depth} deep)"
 
 
-def read_sizes(state: dict[str, Tensor], name: str) -> Sizes:
-    """Sizes from the shapes of official tensors; ValueError when `state` is no BLIP retrieval model."""
+def read_sizes(state: dict[str, Tensor], name: str, vit: str = "") -> Sizes:
+    """Sizes from the shapes of official tensors; ValueError when `state` is no BLIP retrieval model.
+
+    `vit`: what is known of the image encoder's name, for those that differ in more than shapes.
+    """
     try:
         patch = state["visual_encoder.patch_embed.proj.weight"].shape  # (V, 3, p, p)
         tokens = state["visual_encoder.pos_embed"].shape[1]  # (1, N, V)
@@ -122,12 +164,16 @@ def read_sizes(state: dict[str, Tensor], name: str) -> Sizes:
     except IndexError:
         raise ValueError(f"{name}: a tensor that gives the model's sizes has too few dimensions.") from None
     depth = _count(state, r"visual_encoder\.blocks\.(\d+)\.")
-    return Sizes(patch[0], depth, patch[-1], _grid(tokens, name) * patch[-1], embed_dim, text)
+    norm_pre = "visual_encoder.norm_pre.weight" in state
+    return Sizes(patch[0], depth, patch[-1], _grid(tokens, name) * patch[-1], embed_dim, text, norm_pre, vit)
 
 
 def require_equal_sizes(file: Sizes, wanted: Sizes, name: str) -> None:
     """ValueError naming the config key to change if the file's model has other sizes; image sizes may differ."""
-    if (file.width, file.depth) != (wanted.width, wanted.depth):
+    unnamed = not (file.named and wanted.named)
+    if (file.width, file.depth, file.norm_pre) != (wanted.width, wanted.depth, wanted.norm_pre) or not (
+        unnamed or file.vit == wanted.vit
+    ):
         what = f"set `vit: {file.vit}`" if file.vit else f"known are {', '.join(VIT_SIZES)}"
         raise ValueError(f"{name}: the file holds {file.vit_words}, the config asks for {wanted.vit_words}: {what}.")
     for key in ("patch_size", "embed_dim"):
@@ -142,13 +188,27 @@ def require_equal_sizes(file: Sizes, wanted: Sizes, name: str) -> None:
         raise ValueError(f"{name}: the file's text encoder has {listed}: set `med_config` to a JSON with its sizes.")
 
 
+def tokenizer_in(extra: dict[str, Any]) -> CaptionTokenizer | None:
+    """The tokenizer that a file states, if any."""
+    return CaptionTokenizer.from_plain(extra["tokenizer"]) if "tokenizer" in extra else None
+
+
+def require_equal_tokenizers(name: str, file: CaptionTokenizer, wanted: CaptionTokenizer) -> None:
+    """ValueError unless both read captions alike: the rows of word embeddings mean one vocabulary and no other."""
+    if not file.reads_as(wanted):
+        raise ValueError(
+            f"{name}: was trained with the tokenizer {file}, but the config's is {wanted}: remove `tokenizer` and "
+            "`text_tower` from the config, and the checkpoint's own is used."
+        )
+
+
 def weights_sha256(model: nn.Module) -> str:
     """SHA-256 over names, shapes and float32 values of the online weights: equal for every format of one model.
 
     Momentum twins and queues are left out: evaluation does not use them, and not every format has them.
     """
     digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
+    for name, value in merge_lora(model.state_dict()).items():
         if not name.startswith(TWINS) and name not in QUEUES:
             digest.update(f"{name} {tuple(value.shape)}\n".encode())
             digest.update(value.detach().float().cpu().contiguous().numpy().data)

@@ -6,6 +6,7 @@ unchanged. What cannot work, in a file or in `--set`, is a `ValueError` that nam
 
 import difflib
 import os
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -34,7 +35,16 @@ KIND_NAMES = {
     bool: "true or false",
     int | str: "'auto' or a whole number",
     str | list: "a file or a list of files",
+    list: "a list",
+    dict: "keys and values",
 }
+AUTO = "auto"  # of `vit` and `med_config`: what the weights that are loaded say
+FREEZE = re.compile(r"(image|text)(:\d+)?")
+LORA_KEYS = ("rank", "alpha", "targets")
+LORA_TARGETS = (
+    "image.qkv", "image.proj", "image.mlp", "text.query", "text.key", "text.value", "text.output", "text.mlp",
+    "cross.query", "cross.key", "cross.value", "cross.output",
+)  # fmt: skip
 
 
 def knob(
@@ -67,12 +77,19 @@ class RetrievalConfig:
 
     # --- model
     pretrained: str = knob("", "checkpoint that training starts from, a path or an address; '' = random weights")
+    image_tower: str = knob("", "ViT to start from instead of `pretrained`: file, folder or timm:NAME")
+    text_tower: str = knob("", "BERT to start from: a Hugging Face folder, or a file in one")
     finetuned: str = knob("", "checkpoint that --evaluate loads; '' = `pretrained`, as with BLIP's own YAML files")
     cache_dir: str = knob("", "folder for downloaded checkpoints; '' = that of torch.hub")
-    vit: str = knob("base", "size of the image encoder", choices=VIT_SIZES)
+    vit: str = knob("base", "size of the image encoder; auto: as in the weights", choices=(*VIT_SIZES, AUTO))
     patch_size: int = knob(16, "side of an image patch in pixels; released checkpoints have 16", 1)
     image_size: int = knob(384, "side of the square input image in pixels, a multiple of patch_size", 1)
-    med_config: str = knob("configs/med_config.json", "JSON of the text encoder; also looked up in the repository")
+    image_mean: list = knob(None, "of normalisation, red green blue; null = the tower's or checkpoint's, BLIP's")
+    image_std: list = knob(None, "likewise, the standard deviations")
+    med_config: str = knob("configs/med_config.json", "JSON of the text encoder; auto: as in the weights or the tower")
+    tokenizer: str = knob("", "folder with a BERT's vocab.txt; '' = that of the tower or the checkpoint, BLIP's")
+    max_words: int = knob(30, "words of a caption that are read, BLIP's", 1)
+    max_tokens: int = knob(35, "tokens of a caption that are read, [CLS] and [SEP] included, BLIP's", 3)
     pos_embed_std: float = knob(0.02, "standard deviation of the initial image position embeddings", 0, 1)
     embed_dim: int = knob(256, "width of the contrastive features; released checkpoints have 256", 1)
     vit_grad_ckpt: bool = knob(False, "recompute activations of image blocks in the backward pass to save memory")
@@ -98,6 +115,11 @@ class RetrievalConfig:
     warmup_steps: int = knob(0, "optimizer steps of linear warm-up from 0", 0)
     temp_lr_scale: float = knob(1.0, "factor on the learning rate of the temperature `temp`", 0, 1e4)
     weight_decay: float = knob(0.05, "AdamW's decoupled weight decay", 0, 1)
+    freeze: list = knob(None, "not trained: image, text, or their lowest layers with embeddings, as [image:8, text:6]")
+    layer_decay: float = knob(
+        1.0, "rate = init_lr * layer_decay ** depth below the heads; 1 = one rate for all", 0.1, 1
+    )
+    lora: dict = knob(None, "low-rank updates instead of whole matrices: {rank: 8, alpha: 16, targets: [image.qkv]}")
     max_epoch: int = knob(6, "epochs of training", 1)
     patience: int = knob(0, "epochs without a better val r_mean after which training ends early; 0 = never", 0)
 
@@ -172,6 +194,7 @@ def _check_combinations(cfg: RetrievalConfig) -> None:
 
 def _contradictions(cfg: RetrievalConfig) -> list[tuple[Any, str]]:
     """Knobs that contradict each other, as a table of (is it wrong, what to do)."""
+    towers = [key for key in ("image_tower", "text_tower") if getattr(cfg, key)]
     own_files = [key for key in ("train_file", "val_file", "test_file") if getattr(cfg, key)]
     has_files = bool(DATASETS[cfg.dataset].files)
     return [
@@ -180,6 +203,36 @@ def _contradictions(cfg: RetrievalConfig) -> list[tuple[Any, str]]:
             f"image_size {cfg.image_size} is not a multiple of patch_size {cfg.patch_size}: set image_size to "
             f"{max(1, cfg.image_size // cfg.patch_size) * cfg.patch_size}",
         ),
+        (
+            towers and cfg.pretrained,
+            f"pretrained holds both encoders, and {' and '.join(towers)} would replace them: set one or the other",
+        ),
+        (
+            cfg.vit == AUTO and not (cfg.image_tower or cfg.pretrained or cfg.finetuned),
+            f"vit: auto takes the size from image_tower, pretrained or finetuned: set one of them, or vit to one of "
+            f"{', '.join(VIT_SIZES)}",
+        ),
+        (
+            cfg.med_config == AUTO and not (cfg.text_tower or cfg.pretrained or cfg.finetuned),
+            "med_config: auto takes the sizes from text_tower, pretrained or finetuned: set one of them, or med_config "
+            "to a JSON such as configs/med_config.json",
+        ),
+        *(
+            (
+                not _is_rgb(getattr(cfg, key)),
+                f"{key} must be three numbers, as [0.485, 0.456, 0.406], got {getattr(cfg, key)!r}",
+            )
+            for key in ("image_mean", "image_std")
+        ),
+        (
+            (cfg.image_mean is None) != (cfg.image_std is None),
+            "image_mean and image_std belong together: set both or none",
+        ),
+        *(
+            (not FREEZE.fullmatch(str(part)), f"freeze: {part!r} is not image, text, image:N or text:N")
+            for part in cfg.freeze or ()
+        ),
+        *_lora_contradictions(cfg.lora),
         (
             cfg.min_lr > cfg.init_lr,
             f"min_lr {cfg.min_lr} is above init_lr {cfg.init_lr}: lower min_lr, which the cosine ends at",
@@ -199,6 +252,24 @@ def _contradictions(cfg: RetrievalConfig) -> list[tuple[Any, str]]:
             "set dataset to 'custom', or remove them",
         ),
     ]
+
+
+def _is_rgb(value: list | None) -> bool:
+    return value is None or (len(value) == 3 and all(isinstance(x, int | float) and 0 <= x <= 1 for x in value))
+
+
+def _lora_contradictions(lora: dict | None) -> list[tuple[Any, str]]:
+    if lora is None:
+        return []
+    rank, alpha, targets = (lora.get(key) for key in LORA_KEYS)
+    unknown = [target for target in targets or () if target not in LORA_TARGETS]
+    return [
+        (set(lora) != set(LORA_KEYS), f"lora needs the keys {', '.join(LORA_KEYS)}, got {', '.join(map(str, lora))}"),
+        (not isinstance(rank, int) or rank < 1, f"lora: rank must be a whole number from 1, got {rank!r}"),
+        (not isinstance(alpha, int | float) or alpha <= 0, f"lora: alpha must be a number above 0, got {alpha!r}"),
+        (not isinstance(targets, list) or not targets or unknown,
+         f"lora: targets must be a list of {', '.join(LORA_TARGETS)}, got {targets!r}"),
+    ]  # fmt: skip
 
 
 def _batch_contradictions(cfg: RetrievalConfig) -> list[tuple[Any, str]]:

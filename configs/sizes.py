@@ -1,6 +1,7 @@
 """Sizes of the two encoders: one table of image encoders, and the text encoder's JSON (BLIP's `med_config.json`).
 
-Sources: Dosovitskiy et al. 2021 (arXiv 2010.11929) for ViT-B and ViT-L; BLIP's `models/vit.py` for drop-path rates.
+Sources: Dosovitskiy et al. 2021 (arXiv 2010.11929) for ViT-B, L and H; Touvron et al. 2021 (DeiT, arXiv 2012.12877)
+for tiny and small; Radford et al. 2021 (CLIP, arXiv 2103.00020); BLIP's `models/vit.py` for drop-path rates.
 """
 
 import json
@@ -16,15 +17,29 @@ class VitSize(NamedTuple):
     depth: int
     heads: int
     drop_path: float  # stochastic depth of the last block; the blocks before it have proportionally less
+    activation: str = "gelu"  # or quick_gelu, x * sigmoid(1.702 x)
+    norm_pre: bool = False  # a LayerNorm before the first block, as CLIP has
+    norm_eps: float = 1e-6
+
+    @property
+    def shapes(self) -> tuple[int, int, bool]:
+        """What can be told from weights."""
+        return self.width, self.depth, self.norm_pre
 
 
-# base and large are the paper's; the others are for small machines and tests.
+# base and large are BLIP's. huge and CLIP's are for towers to start from, the others also for small machines and tests.
+# CLIP's activation leaves no trace in weights: OpenAI's models have quick_gelu, OpenCLIP's newer ones gelu.
 VIT_SIZES = {
     "base": VitSize(768, 12, 12, 0.0),
     "large": VitSize(1024, 24, 16, 0.1),
+    "huge": VitSize(1280, 32, 16, 0.1),
     "small": VitSize(384, 12, 6, 0.0),
     "tiny": VitSize(192, 12, 3, 0.0),
     "nano": VitSize(96, 6, 3, 0.0),
+    "clip_base": VitSize(768, 12, 12, 0.0, "quick_gelu", True, 1e-5),
+    "clip_large": VitSize(1024, 24, 16, 0.1, "quick_gelu", True, 1e-5),
+    "openclip_base": VitSize(768, 12, 12, 0.0, "gelu", True, 1e-5),
+    "openclip_large": VitSize(1024, 24, 16, 0.1, "gelu", True, 1e-5),
 }
 
 

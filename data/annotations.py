@@ -17,7 +17,7 @@ from configs.datasets import ANNOTATIONS_URL, DATASETS, SPLITS
 from configs.schema import RetrievalConfig
 from data.rows import Row, RowFile, read_rows
 from data.scenes import ensure_scenes
-from transform.text import MAX_WORDS, clean_caption
+from transform.text import CaptionTokenizer, blip_tokenizer
 from utils import find_path
 
 logger = logging.getLogger(__name__)
@@ -42,10 +42,11 @@ class Annotations:
     image_ids: np.ndarray  # (N,) int64, numbered in order of first appearance, as BLIP does
     captions: list[str]  # cleaned, in the order of the files, M
     caption_image: np.ndarray  # (M,) int64, index into images, or NO_IMAGE
-    cut: int = 0  # captions that lost the words after the first MAX_WORDS
+    cut: int = 0  # captions that lost the words after the first `max_words`
     notes: list[str] = field(default_factory=list)  # how the files were read, what was left out
     id_names: list[str] = field(default_factory=list)  # the files' own image_id of each image, '' without one, N
     sentids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # (M,) COCO's ids of captions; or none
+    tokenizer: CaptionTokenizer = field(default_factory=blip_tokenizer)  # whose rules have cleaned the captions
 
     @property
     def caption_ids(self) -> np.ndarray:
@@ -65,9 +66,10 @@ class Annotations:
         return int((~np.isin(self.image_ids, self.caption_ids)).sum()), int((self.caption_image == NO_IMAGE).sum())
 
 
-def load_annotations(cfg: RetrievalConfig, split: str) -> Annotations:
+def load_annotations(cfg: RetrievalConfig, split: str, tokenizer: CaptionTokenizer | None = None) -> Annotations:
     """The annotations of `split` (train, val or test) of the config's data set, drawn or downloaded if need be.
 
+    `tokenizer`: of the model that is to read the captions; None is BLIP's.
     Raises ValueError that names the file, the row and what to do.
     """
     assert split in SPLITS, split
@@ -83,7 +85,7 @@ def load_annotations(cfg: RetrievalConfig, split: str) -> Annotations:
             _download(file, info.karpathy)
         rows, notes = read_rows(file)
         _require_split(file, rows, split)
-    return build_annotations(name, rows, notes, split != "train", cfg.on_bad_sample == "skip")
+    return build_annotations(name, rows, notes, split != "train", cfg.on_bad_sample == "skip", tokenizer)
 
 
 def available_splits(cfg: RetrievalConfig) -> list[str]:
@@ -94,7 +96,12 @@ def available_splits(cfg: RetrievalConfig) -> list[str]:
 
 
 def build_annotations(
-    name: str, rows: list[Row], notes: Sequence[str] = (), distractors: bool = False, skip: bool = False
+    name: str,
+    rows: list[Row],
+    notes: Sequence[str] = (),
+    distractors: bool = False,
+    skip: bool = False,
+    tokenizer: CaptionTokenizer | None = None,
 ) -> Annotations:
     """Rows to a table: rows of one image path become one image, rows of one image_id share their id.
 
@@ -102,6 +109,7 @@ def build_annotations(
     words, or without an image. `skip` leaves out rows without words, or an image, and counts them; else they are an
     error.
     """
+    tokenizer = tokenizer or blip_tokenizer()
     images: dict[str, int] = {}
     first_row: list[Row] = []
     groups, numbers = _joined_groups(rows), dict[tuple, int]()
@@ -109,7 +117,7 @@ def build_annotations(
     image_ids, captions, caption_image, sentids, cut = [], [], [], [], 0
     left_out: list[str] = []
     for row in rows:
-        texts, empty = _clean(row)
+        texts, empty = _clean(row, tokenizer)
         if wrong := _what_is_wrong(row, empty, distractors):
             if not skip:
                 raise ValueError(f"{row.file}, row {row.number}: {wrong}")
@@ -135,7 +143,7 @@ def build_annotations(
     table = Annotations(
         name, list(dict.fromkeys(row.file for row in rows)), list(images), np.array(image_ids, np.int64), captions,
         np.array(caption_image, np.int64), cut, notes, [row.image_id or "" for row in first_row],
-        np.array(sentids, np.int64),
+        np.array(sentids, np.int64), tokenizer,
     )  # fmt: skip
     if not table.images or not captions or not (table.caption_image != NO_IMAGE).any():
         raise ValueError(f"{table.source}: no image has a caption, so there is nothing to find")
@@ -166,15 +174,16 @@ def _require_one_id(before: Row, row: Row) -> None:
         )
 
 
-def _clean(row: Row) -> tuple[list[tuple[str, bool, int]], list[str]]:
+def _clean(row: Row, tokenizer: CaptionTokenizer) -> tuple[list[tuple[str, bool, int]], list[str]]:
     """A row's cleaned captions, each with whether words were cut and its id, and its captions without words."""
     texts, empty = [], []
     for caption, sentid in zip(row.captions, row.sentids or [NO_SENTENCE] * len(row.captions), strict=True):
-        cleaned = clean_caption(caption)
+        cleaned = tokenizer.clean(caption)
         if not cleaned.strip():
             empty.append(caption)
             continue
-        is_cut = cleaned.count(" ") == MAX_WORDS - 1 and cleaned != clean_caption(caption, MAX_WORDS + 1)
+        most = tokenizer.max_words
+        is_cut = cleaned.count(" ") == most - 1 and cleaned != tokenizer.clean(caption, most + 1)
         texts.append((cleaned, is_cut, sentid))
     return texts, empty
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from data.annotations import Annotations
 from data.findings import RARE, Findings, spread
-from transform.text import MAX_TOKENS, MAX_WORDS, build_tokenizer
+from transform.text import CaptionTokenizer, blip_tokenizer
 from utils import Progress
 
 FOREIGN, UNKNOWN, PIECES, ALIKE = 0.05, 0.05, 1.35, 0.01  # above which the captions are not English enough
@@ -14,7 +14,7 @@ FOREIGN, UNKNOWN, PIECES, ALIKE = 0.05, 0.05, 1.35, 0.01  # above which the capt
 class Reading(NamedTuple):
     """What tokenisation makes of some captions."""
 
-    long: int  # captions with more than MAX_TOKENS tokens
+    long: int  # captions with more than `max_tokens`
     foreign: float  # share of the letters that are not a to z
     unknown: float  # share of the word pieces that the vocabulary does not have
     pieces: float  # word pieces a word
@@ -28,32 +28,47 @@ class Reading(NamedTuple):
 
 
 def check_captions(table: Annotations, limit: int) -> Findings:
-    """Captions that are cut (at MAX_WORDS, or at MAX_TOKENS), and captions that the vocabulary cannot tell apart."""
-    found = Findings()
+    """Captions that are cut (in words, or in tokens), and captions that the vocabulary cannot tell apart."""
+    found, tokenizer = Findings(), table.tokenizer
+    english = tokenizer.reads_as(blip_tokenizer())
     captions = spread(table.captions, limit)
-    reading = read(captions, f"{table.name}: captions")
+    reading = read(captions, f"{table.name}: captions", tokenizer)
     sample = "" if len(captions) == len(table.captions) else " looked at"
+    words, tokens = tokenizer.max_words, tokenizer.max_tokens
+    words, tokens = tokenizer.max_words, tokenizer.max_tokens
     for count, of, what in (
-        (table.cut, len(table.captions), f"captions have more than {MAX_WORDS} words and are cut there"),
-        (reading.long, len(captions), f"captions{sample} have more than {MAX_TOKENS} tokens and are cut there"),
+        (table.cut, len(table.captions), f"captions have more than {words} words and are cut there"),
+        (
+            reading.long,
+            len(captions),
+            f"captions{sample} have more than {tokens} tokens and are cut there",
+        ),
     ):
         if count:
             line = f"{table.name}: {count} of {of} {what}"
             rare = count < RARE * of
             (found.facts if rare else found.warnings).append(line if rare else f"{line}: shorten them")
-    if reading.unreadable:
+    if not english and (reading.unknown > UNKNOWN or reading.alike > ALIKE):
+        found.warnings.append(
+            f"{table.name}: of these captions{sample} {100 * reading.unknown:.0f} % of the word pieces are not in the "
+            f"vocabulary of {tokenizer.name}, and {100 * reading.alike:.0f} % of different captions have the same "
+            "tokens: is it the vocabulary of their language, and in their case?"
+        )
+    if english and reading.unreadable:
         found.warnings.append(
             f"{table.name}: the vocabulary is English, but of these captions{sample} {100 * reading.foreign:.0f} % of "
             f"the letters are not a to z, {100 * reading.unknown:.0f} % of the word pieces are unknown, a word is "
             f"{reading.pieces:.1f} pieces (Flickr8k: 1.0), {100 * reading.alike:.0f} % of different captions have the "
-            "same tokens: translate what is not English (docs/data.md, Other languages)"
+            "same tokens: translate what is not English (docs/data.md, Other languages), or start from a text encoder "
+            "of that language (text_tower: docs/training.md, Another language)"
         )
     return found
 
 
-def read(captions: Sequence[str], what: str) -> Reading:
+def read(captions: Sequence[str], what: str, captions_to: CaptionTokenizer) -> Reading:
     """Measure what the tokenizer makes of cleaned captions."""
-    tokenizer, long, unknown, total, inner, words = build_tokenizer(), 0, 0, 0, 0, 0
+    tokenizer, most = captions_to.bert, captions_to.max_tokens
+    long, unknown, total, inner, words = 0, 0, 0, 0, 0
     continues = {number for piece, number in tokenizer.get_vocab().items() if piece.startswith("##")}
     first: dict[tuple[int, ...], str] = {}
     alike, letters, foreign, different = 0, 0, 0, set()
@@ -61,7 +76,7 @@ def read(captions: Sequence[str], what: str) -> Reading:
     for start in range(0, len(captions), 1000):
         part = captions[start : start + 1000]
         for caption, ids in zip(part, tokenizer(list(part), verbose=False)["input_ids"], strict=True):
-            long += len(ids) > MAX_TOKENS
+            long += len(ids) > most
             unknown += ids.count(tokenizer.unk_token_id)
             total += len(ids) - 2
             inner += sum(map(continues.__contains__, ids))
@@ -69,7 +84,7 @@ def read(captions: Sequence[str], what: str) -> Reading:
             if caption in different:
                 continue
             different.add(caption)
-            alike += first.setdefault(tuple(ids[:MAX_TOKENS]), caption) != caption
+            alike += first.setdefault(tuple(ids[:most]), caption) != caption
             some, others = count_foreign(caption)
             letters, foreign = letters + some, foreign + others
         progress.add(len(part))

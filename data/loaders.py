@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from configs.schema import RetrievalConfig
 from data.annotations import Annotations
 from data.images import open_store
 from data.retrieval import EvalImages, RetrievalTrain, collate_train
-from transform.image import eval_transform, train_transform
+from transform.image import MEAN, STD, eval_transform, train_transform
 
 logger = logging.getLogger(__name__)
 
@@ -137,16 +138,22 @@ def recipe_sampler(
     return GlobalBatchSampler(num_samples, cfg.global_batch_size, cfg.ranks_emulated, ranks, seed)
 
 
+def normalisation(cfg: RetrievalConfig) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation of the colours: the config's, else BLIP's."""
+    return cfg.image_mean or MEAN, cfg.image_std or STD
+
+
 def train_loader(
     cfg: RetrievalConfig, annotations: Annotations, sampler: GlobalBatchSampler, device: torch.device
 ) -> DataLoader:
     """`TrainBatch` after `TrainBatch` in the sampler's order, one for each optimizer step."""
-    transform = train_transform(cfg.image_size) if cfg.augment else eval_transform(cfg.image_size)
+    build = train_transform if cfg.augment else eval_transform
+    transform = build(cfg.image_size, *normalisation(cfg))
     skip = cfg.on_bad_sample == "skip"
     return Loader(
         RetrievalTrain(annotations, open_store(cfg), transform, sampler.seed, skip),
         batch_sampler=sampler,
-        collate_fn=collate_train,
+        collate_fn=partial(collate_train, tokenizer=annotations.tokenizer),
         persistent_workers=cfg.num_workers > 0,
         **_common(cfg.num_workers, device),
     )
@@ -156,6 +163,6 @@ def eval_image_loader(
     cfg: RetrievalConfig, annotations: Annotations, indices: Sequence[int], device: torch.device
 ) -> DataLoader:
     """(b, 3, S, S) float32 batches of the images `indices` of the gallery, in their order; the last may be smaller."""
-    images = EvalImages(annotations, open_store(cfg), eval_transform(cfg.image_size))
+    images = EvalImages(annotations, open_store(cfg), eval_transform(cfg.image_size, *normalisation(cfg)))
     workers = min(cfg.num_workers, -(-len(indices) // cfg.batch_size_test))
     return Loader(Subset(images, indices), batch_size=cfg.batch_size_test, **_common(workers, device))

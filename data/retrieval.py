@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from data.annotations import Annotations
 from data.images import ImageStore
-from transform.text import TokenizedText, tokenize
+from transform.text import CaptionTokenizer, TokenizedText
 
 logger = logging.getLogger(__name__)
 
@@ -94,10 +94,10 @@ def transform_seeded(transform: Callable[[Image.Image], Tensor], picture: Image.
         torch.set_rng_state(state)
 
 
-def collate_train(samples: list[TrainSample]) -> TrainBatch:
+def collate_train(samples: list[TrainSample], tokenizer: CaptionTokenizer) -> TrainBatch:
     """Stack pictures, tokenise captions to the longest of the batch."""
     images, captions, ids, names, skipped = zip(*samples, strict=True)
-    return TrainBatch(torch.stack(images), tokenize(captions), torch.tensor(ids), list(names), sum(skipped))
+    return TrainBatch(torch.stack(images), tokenizer.tokenize(captions), torch.tensor(ids), list(names), sum(skipped))
 
 
 class EvalImages(Dataset):

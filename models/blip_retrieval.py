@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from checkpoints.load import load_pretrained
+from checkpoints.weights import merge_lora
 from configs.schema import TEMP_RANGE, RetrievalConfig
 from configs.sizes import MedConfig, load_med_config
 from models import itc, itm
 from models.arrangements import WholeArrangement
 from models.med import BertModel
 from models.vit import VisionTransformer
-from transform.text import ENC, TokenizedText, tokenize
+from transform.text import ENC, CaptionTokenizer, TokenizedText, blip_tokenizer
 from utils import all_gather, all_gather_with_gradient, find_path
 
 
@@ -31,7 +32,8 @@ class BLIP_Retrieval(nn.Module):
     """The retrieval model of BLIP.
 
     `med_config` is a JSON file's path or a MedConfig; its `encoder_width` follows the ViT. `negative_all_rank` decides
-    whether hard negatives come from all ranks (COCO) or only from the sample's own rank (Flickr30k).
+    whether hard negatives come from all ranks (COCO) or only from the sample's own rank (Flickr30k). `tokenizer`: what
+    the word embeddings mean; None is BLIP's.
     """
 
     image_queue: Tensor  # (E, Q)
@@ -52,8 +54,10 @@ class BLIP_Retrieval(nn.Module):
         negative_all_rank: bool = False,
         patch_size: int = 16,
         pos_embed_std: float = 0.02,
+        tokenizer: CaptionTokenizer | None = None,
     ):
         super().__init__()
+        self.tokenizer = tokenizer or blip_tokenizer()
         med = med_config if isinstance(med_config, MedConfig) else load_med_config(med_config)
 
         def build_vit() -> VisionTransformer:
@@ -81,8 +85,8 @@ class BLIP_Retrieval(nn.Module):
         self.register_buffer("ptr_queue", torch.zeros(1, dtype=torch.long))
         self.temp = nn.Parameter(0.07 * torch.ones([]))
 
-        self.image_size, self.queue_size, self.momentum, self.negative_all_rank = (
-            image_size, queue_size, momentum, negative_all_rank,
+        self.vit, self.image_size, self.queue_size, self.momentum, self.negative_all_rank = (
+            vit, image_size, queue_size, momentum, negative_all_rank,
         )  # fmt: skip
         self.autocast_dtype: torch.dtype | None = None  # bfloat16 under `precision: bf16`
 
@@ -95,8 +99,8 @@ class BLIP_Retrieval(nn.Module):
         the momentum twins and writes the queues, so call it once a step. `training.step.train_step` computes the same
         in micro-batches. ValueError when a sample has no negative: all it may draw have its own image id.
         """
-        text = caption if isinstance(caption, TokenizedText) else tokenize(caption)
-        text = text.padded().to(image.device)  # (b, 35), so that processes can exchange them
+        text = caption if isinstance(caption, TokenizedText) else self.tokenizer.tokenize(caption)
+        text = text.padded(self.tokenizer.max_tokens).to(image.device)  # (b, 35), so that processes can exchange them
         b = len(image)
 
         # 1. Features of both encoders, then of their momentum twins, which move towards them first.
@@ -143,9 +147,15 @@ class BLIP_Retrieval(nn.Module):
         return torch.autocast(self.temp.device.type, dtype=self.autocast_dtype)
 
     def encode_image(self, image: Tensor, cls_only: bool = False) -> Tensor:
-        """(b, 3, S, S) -> image tokens (b, N, V), or (b, 1, V) with cls_only."""
+        """(b, 3, S, S), or what `image_stem` made of them -> image tokens (b, N, V), or (b, 1, V) with cls_only."""
         with self.autocast():
-            return self.visual_encoder(image, cls_only)
+            return _run_vit(self.visual_encoder, image, cls_only)
+
+    @torch.no_grad()
+    def image_stem(self, image: Tensor) -> Tensor:
+        """(b, 3, S, S) -> (b, N, V) by the frozen stem, which the momentum twin has too."""
+        with self.autocast():
+            return self.visual_encoder.stem(image)
 
     def encode_text(self, text: TokenizedText, arrangement: WholeArrangement | None = None) -> Tensor:
         """ids (b, L) -> [CLS] state (b, 1, D), without an image."""
@@ -165,7 +175,7 @@ class BLIP_Retrieval(nn.Module):
 
         Under an arrangement that knows which text looks at which image, each image comes once: (m, N, V).
         """
-        text = as_match_input(text)
+        text = as_match_input(text, self.tokenizer.enc)
         with self.autocast():
             states = self.text_encoder(text, image_tokens, arrangement, cls_only=True)  # (P, 1, D)
         return self.itm_head(states[:, 0].to(self.itm_head.weight.dtype))
@@ -181,14 +191,21 @@ class BLIP_Retrieval(nn.Module):
     def copy_params(self) -> None:
         """Start the twins at the online weights; they never get gradients."""
         for online, twin in self.twins():
-            twin.load_state_dict(online.state_dict())
+            twin.load_state_dict(merge_lora(online.state_dict()))
             twin.requires_grad_(False)
 
     @torch.no_grad()
     def update_momentum(self) -> None:
         """twin <- momentum * twin + (1 - momentum) * online, for all parameters in a few kernels."""
-        online: list[Tensor] = [p for module, _ in self.twins() for p in module.parameters()]
-        twin: list[Tensor] = [p for _, module in self.twins() for p in module.parameters()]
+        online: list[Tensor] = []
+        twin: list[Tensor] = []
+        for module, module_m in self.twins():
+            for name, parameter in module_m.named_parameters():
+                owner, _, attribute = name.rpartition(".")
+                followed = getattr(module.get_submodule(owner), attribute)  # with low-rank updates, their sum
+                if followed is not parameter:  # frozen ones are shared
+                    online.append(followed)
+                    twin.append(parameter)
         torch._foreach_lerp_(twin, online, 1 - self.momentum)
 
     @torch.no_grad()
@@ -197,7 +214,7 @@ class BLIP_Retrieval(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Embeddings (b, E), (b, E) by the twins. They stay in train mode (dropout, drop-path), as BLIP's do."""
         with self.autocast():
-            image_tokens = self.visual_encoder_m(image, cls_only=True)
+            image_tokens = _run_vit(self.visual_encoder_m, image, cls_only=True)
             text_states = self.text_encoder_m(text, arrangement=arrangement, cls_only=True)
         return _feature(self.vision_proj_m, image_tokens), _feature(self.text_proj_m, text_states)
 
@@ -215,11 +232,16 @@ class BLIP_Retrieval(nn.Module):
         self.ptr_queue.add_(len(idx)).remainder_(self.queue_size)
 
 
-def as_match_input(text: TokenizedText) -> TokenizedText:
+def as_match_input(text: TokenizedText, enc: int = ENC) -> TokenizedText:
     """The same texts with [ENC] in place of [CLS], which tells the encoder to look at an image."""
     ids = text.input_ids.clone()
-    ids[:, 0] = ENC
+    ids[:, 0] = enc
     return TokenizedText(ids, text.attention_mask)
+
+
+def _run_vit(encoder: VisionTransformer, image: Tensor, cls_only: bool) -> Tensor:
+    """Pixels (b, 3, S, S) from the start, stem states (b, N, V) from there on."""
+    return encoder(image, cls_only) if image.dim() == 4 else encoder.upper(image, cls_only)
 
 
 def _feature(proj: nn.Linear, states: Tensor) -> Tensor:
@@ -239,12 +261,16 @@ def blip_retrieval(pretrained: str = "", **kwargs) -> BLIP_Retrieval:
     return model
 
 
-def build_model(cfg: RetrievalConfig) -> BLIP_Retrieval:
-    """The model that a config describes, with random weights."""
+def build_model(
+    cfg: RetrievalConfig, med: MedConfig | None = None, tokenizer: CaptionTokenizer | None = None
+) -> BLIP_Retrieval:
+    """The model that a config describes, with random weights; `med` and `tokenizer` are those of its plan, if any."""
     names = ("image_size", "vit", "vit_grad_ckpt", "vit_ckpt_layer", "embed_dim", "queue_size", "momentum",
              "negative_all_rank", "patch_size", "pos_embed_std")  # fmt: skip
-    med_config = find_path(cfg.med_config)
+    med_config = med or find_path(cfg.med_config)
     try:
-        return BLIP_Retrieval(med_config=med_config, **{name: getattr(cfg, name) for name in names})
+        return BLIP_Retrieval(
+            med_config=med_config, tokenizer=tokenizer, **{name: getattr(cfg, name) for name in names}
+        )
     except TypeError as error:
         raise ValueError(f"med_config {med_config}: a value is of the wrong type ({error}).") from None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models.arrangements import HeatmapTexts
 from models.blip_retrieval import BLIP_Retrieval
-from transform.text import MAX_TOKENS, TokenizedText, build_tokenizer
+from transform.text import TokenizedText
 
 LAYER, OF_LAYERS = 7, 12  # ALBEF shows layer 8 of its 12, LAVIS 7 of BLIP's
 
@@ -59,7 +59,8 @@ def default_layer(model: BLIP_Retrieval) -> int:
 
 def word_heatmap(model: BLIP_Retrieval, image_tokens: Tensor, caption: str, layer: int | None = None) -> Heatmap:
     """Maps of one picture, (1, n, V), and one cleaned caption; ValueError for a caption without words."""
-    encoding = build_tokenizer()(caption, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+    tokenizer = model.tokenizer
+    encoding = tokenizer.bert(caption, truncation=True, max_length=tokenizer.max_tokens, return_tensors="pt")
     text = TokenizedText(encoding["input_ids"], encoding["attention_mask"]).to(image_tokens.device)
     word_of_token = encoding.word_ids(0)  # None for [CLS] and [SEP]
     tokens_of_word: dict[int, list[int]] = {}

@@ -26,8 +26,8 @@ from configs.sizes import VIT_SIZES, MedConfig, load_med_config
 from models.arrangements import TrainingTexts
 from models.blip_retrieval import BLIP_Retrieval
 from models.gradcam import Heatmap, word_heatmap
-from transform.image import AS_BLIP, PixelRule, eval_transform, to_rgb
-from transform.text import TokenizedText, clean_caption, tokenize
+from transform.image import AS_BLIP, MEAN, STD, PixelRule, eval_transform, to_rgb
+from transform.text import CaptionTokenizer, TokenizedText
 from utils import find_path, precision
 
 log = logging.getLogger(__name__)
@@ -55,8 +55,8 @@ def load(
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     device = usable_device(device)
     file = open_weights(os.fspath(source), cache_dir)
-    model = empty_model(*file_sizes(file, config))
-    state, report = fit(file, model.state_dict())
+    model = empty_model(*file_sizes(file, config), file.tokenizer)
+    state, report = fit(file, model.state_dict(), model.vit)
     log.info("%s: %s", file.name, report)
     own = {key: value for key, value in state.items() if not key.startswith(TWINS)}
     weights = {key: value.to(device, torch.float32, copy=True) for key, value in own.items()}
@@ -68,7 +68,8 @@ def load(
     model.load_state_dict(weights, assign=True)
     trained = file.extra.get("config", {})
     rule = PixelRule(**{key: trained[key] for key in PixelRule._fields if key in trained})
-    return Blip(model.eval().requires_grad_(False), precision, rule=rule)
+    colours = trained.get("image_mean") or MEAN, trained.get("image_std") or STD
+    return Blip(model.eval().requires_grad_(False), precision, rule=rule, colours=colours)
 
 
 class Blip:
@@ -80,9 +81,17 @@ class Blip:
     share the memory of the online weights.
     """
 
-    def __init__(self, model: BLIP_Retrieval, precision: str = "fp32", batch_size: int = 32, rule: PixelRule = AS_BLIP):
+    def __init__(
+        self,
+        model: BLIP_Retrieval,
+        precision: str = "fp32",
+        batch_size: int = 32,
+        rule: PixelRule = AS_BLIP,
+        colours: tuple[Sequence[float], Sequence[float]] = (MEAN, STD),
+    ):
+        """`colours`: mean and standard deviation that pixels are normalised by."""
         self.model, self.precision, self.batch_size, self.rule = model, precision, batch_size, rule
-        self.transform = eval_transform(model.image_size)
+        self.transform = eval_transform(model.image_size, *colours)
 
     def pixels(self, images: Picture | Sequence[Picture]) -> Tensor:
         """(N, 3, S, S), normalised."""
@@ -92,7 +101,8 @@ class Blip:
 
     def tokens(self, texts: str | Sequence[str]) -> TokenizedText:
         """Token ids and mask (M, L)."""
-        return tokenize([clean_caption(text) for text in _as_list(texts)])
+        tokenizer = self.model.tokenizer
+        return tokenizer.tokenize([tokenizer.clean(text) for text in _as_list(texts)])
 
     def image_features(self, images: Picture | Sequence[Picture]) -> Tensor:
         """Unit-length embeddings (N, E)."""
@@ -123,7 +133,7 @@ class Blip:
         """Where matching looks for each word of the text (`models/gradcam.py`); `layer` 0-based, default 7 of 12."""
         with torch.no_grad(), precision(self.model, "fp32"):
             pixels = self.pixels(image).to(self._device)
-            return word_heatmap(self.model, self.model.encode_image(pixels), clean_caption(text), layer)
+            return word_heatmap(self.model, self.model.encode_image(pixels), self.model.tokenizer.clean(text), layer)
 
     def encode(self, images: Sequence[Picture]) -> tuple[Tensor, Tensor]:
         """Image tokens (N, n, V), on the model's device, and unit-length embeddings (N, E), of a few pictures."""
@@ -242,7 +252,7 @@ def usable_device(name: str | torch.device) -> torch.device:
 
 def file_sizes(file: WeightFile, config: str = "") -> tuple[Sizes, MedConfig]:
     """The sizes of a model that the file fits, its own or those of the YAML `config`."""
-    sizes = read_sizes(file.state, file.name)
+    sizes = read_sizes(file.state, file.name, file.extra.get("config", {}).get("vit", ""))
     if not sizes.vit:
         raise ValueError(
             f"{file.name}: {sizes.vit_words} has an unknown number of heads; known are {', '.join(VIT_SIZES)}."
@@ -253,10 +263,11 @@ def file_sizes(file: WeightFile, config: str = "") -> tuple[Sizes, MedConfig]:
     med = load_med_config(find_path(cfg.med_config))
     require_equal_heads(file, med)
     size = VIT_SIZES[cfg.vit]
-    return Sizes(size.width, size.depth, cfg.patch_size, cfg.image_size, cfg.embed_dim, sizes.text), med
+    vit = size.norm_pre, cfg.vit
+    return Sizes(size.width, size.depth, cfg.patch_size, cfg.image_size, cfg.embed_dim, sizes.text, *vit), med
 
 
-def empty_model(sizes: Sizes, med: MedConfig) -> BLIP_Retrieval:
+def empty_model(sizes: Sizes, med: MedConfig, tokenizer: CaptionTokenizer | None = None) -> BLIP_Retrieval:
     """A model of names and shapes, without memory; the numbers of image heads come from VIT_SIZES."""
     with torch.device("meta"):
         return BLIP_Retrieval(
@@ -266,6 +277,7 @@ def empty_model(sizes: Sizes, med: MedConfig) -> BLIP_Retrieval:
             embed_dim=sizes.embed_dim,
             patch_size=sizes.patch_size,
             queue_size=1,
+            tokenizer=tokenizer,
         )
 
 

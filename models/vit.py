@@ -11,7 +11,7 @@ from typing import cast
 
 import torch
 from fairscale.nn.checkpoint import checkpoint_wrapper
-from timm.layers import PatchEmbed
+from timm.layers import DropPath, PatchEmbed, get_act_layer
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,6 +27,11 @@ class VitBlock(Block):
     """
 
     attn: Attention
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether training drops the block now and then."""
+        return isinstance(self.drop_path1, DropPath)
 
     def forward(self, x: Tensor, autocast_dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
         with torch.autocast(x.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
@@ -61,17 +66,20 @@ class VisionTransformer(nn.Module):
         pos_embed_std: float = 0.02,
     ):
         super().__init__()
-        width, depth, heads, drop_path = VIT_SIZES[vit]
-        self.width, self.stochastic = width, drop_path > 0
+        size = VIT_SIZES[vit]
+        width, depth = size.width, size.depth
+        self.width, self.stochastic = width, size.drop_path > 0
+        self.stem_depth, self.stem_frozen = 0, False  # `models/freezing.py`
         self.patch_embed = PatchEmbed(img_size=image_size, patch_size=patch_size, embed_dim=width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, width))
-        norm = partial(nn.LayerNorm, eps=1e-6)
-        rates = [drop_path * i / (depth - 1) for i in range(depth)]
+        norm, act = partial(nn.LayerNorm, eps=size.norm_eps), get_act_layer(size.activation)
+        rates = [size.drop_path * i / (depth - 1) for i in range(depth)]
         blocks = [
-            VitBlock(width, heads, qkv_bias=True, drop_path=rate, norm_layer=norm)  # type: ignore[arg-type]  # partial
+            VitBlock(width, size.heads, qkv_bias=True, drop_path=rate, norm_layer=norm, act_layer=act)  # type: ignore[arg-type]  # partial
             for rate in rates
         ]
+        self.norm_pre = norm(width) if size.norm_pre else nn.Identity()
         self.blocks = cast("Sequence[VitBlock]", nn.ModuleList(blocks))
         self.norm = norm(width)
         self.apply(_init_weights)
@@ -82,14 +90,27 @@ class VisionTransformer(nn.Module):
 
     def forward(self, image: Tensor, cls_only: bool = False) -> Tensor:
         """(b, 3, S, S) -> (b, N, V); with cls_only (b, 1, V): the last block computes nothing else."""
+        return self.upper(self.stem(image), cls_only)
+
+    def stem(self, image: Tensor) -> Tensor:
+        """(b, 3, S, S) -> (b, N, V): embeddings and the lowest `stem_depth` blocks, which are frozen."""
         x = self.patch_embed(image)  # (b, N - 1, V)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed  # (b, N, V)
+        return self._run(self.blocks[: self.stem_depth], self.norm_pre(x))
+
+    def upper(self, x: Tensor, cls_only: bool = False) -> Tensor:
+        """What `stem` gives (b, N, V) -> (b, N, V); with cls_only (b, 1, V)."""
+        blocks = self.blocks[self.stem_depth :]
+        if not (cls_only and blocks):
+            return self.norm(self._run(blocks, x[:, :1] if cls_only else x))
+        return self.norm(blocks[-1].forward_cls(self._run(blocks[:-1], x)))
+
+    def _run(self, blocks: Sequence[VitBlock], x: Tensor) -> Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        for block in self.blocks[:-1]:
+        for block in blocks:
             x = block(x, autocast_dtype=dtype)
-        last = self.blocks[-1]
-        return self.norm(last.forward_cls(x) if cls_only else last(x, autocast_dtype=dtype))
+        return x
 
 
 def _init_weights(module: nn.Module) -> None:

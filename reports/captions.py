@@ -43,7 +43,7 @@ def from_train(run: Path, rankings: Rankings, device: str) -> Retrieved:
     """The best training caption of each test image: contrast picks k_test of them, matching the best of these."""
     cfg = load_config(run / "config.yaml")
     store, blip = open_store(cfg), load(run, device)
-    texts = list(dict.fromkeys(load_annotations(cfg, "train").captions))
+    texts = list(dict.fromkeys(load_annotations(cfg, "train", blip.model.tokenizer).captions))
     asked = np.flatnonzero(rankings.txt.asked)
     feat = blip.text_features(texts)  # (T, E)
     candidates, progress = [], Progress("captions of the training set", len(asked), "images")

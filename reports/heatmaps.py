@@ -80,7 +80,8 @@ def word_tiles(image: Image.Image, found: Heatmap, shown: int) -> Sequence[tuple
 def heatmap_of_run(run: Path, out: Path, seed: int = 0) -> Path:
     """Draw a test caption of a run, drawn by chance, over its picture."""
     cfg = load_config(run / "config.yaml")
-    table, store, blip = load_annotations(cfg, "test"), open_store(cfg), load(run)
+    store, blip = open_store(cfg), load(run)
+    table = load_annotations(cfg, "test", blip.model.tokenizer)
     (caption,) = draw_captions(table, 1, seed)
     picture = store.load(table.images[table.caption_image[caption]])
     found = blip.heatmap(picture, table.captions[caption])

@@ -152,7 +152,8 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: 
 def picture_run(run: Path, out: Path, seed: int = 0, device: str = "cpu") -> Path:
     """Draw what the best weights of a run folder find in its test split; the file is named after the run."""
     cfg = load_config(run / "config.yaml")
-    split, store, blip = load_annotations(cfg, "test"), open_store(cfg), load(run, device)
+    store, blip = open_store(cfg), load(run, device)
+    split = load_annotations(cfg, "test", blip.model.tokenizer)
     feat = encode(blip, store, split.images)
     answers = [answer(blip, store, split, feat, i, cfg.k_test) for i in draw_captions(split, QUERIES, seed)]
     title = (

@@ -29,7 +29,7 @@ from models.arrangements import PlainTexts, on_device, ranges
 from models.blip_retrieval import BLIP_Retrieval, as_match_input
 from retrieval.recheck import Queries, recheck_in_float32
 from retrieval.scoring import EncodedImages, EncodedTexts, score_pairs
-from transform.text import TokenizedText, tokenize
+from transform.text import TokenizedText
 from utils import Progress, all_reduce_sum, get_rank, get_world_size, never_stop
 
 SIMILARITY_CHUNK = 1 << 23  # cosines held at once while shortlisting
@@ -75,7 +75,7 @@ def rerank(
     may raise to leave.
     """
     with _in_float32(model):
-        texts = encode_texts(model, tokenize(captions), tokens_per_pass, poll)
+        texts = encode_texts(model, model.tokenizer.tokenize(captions), tokens_per_pass, poll)
         images = encode_images(model, image_batches, num_images, batch_size, poll)
     ids = None if image_ids is None or text_ids is None else (image_ids, text_ids)
     return rerank_encoded(model, images, texts, k_test, tokens_per_pass, ids, poll)
@@ -147,7 +147,7 @@ def encode_texts(
             with model.autocast():
                 unpadded = PlainTexts(attention_mask=None)
                 states_cls = encoder(text, arrangement=unpadded, cls_only=True)  # (P, 1, D)
-                x = encoder.embeddings(as_match_input(text).input_ids)  # (P, length, D)
+                x = encoder.embeddings(as_match_input(text, model.tokenizer.enc).input_ids)  # (P, length, D)
                 x = encoder.encoder.layer[0].text_part(x, unpadded)
             feat[on_device(device, part)] = model.text_feature(states_cls)
             states[on_device(device, ranges(start[part], lengths[part]))] = x.flatten(0, 1).to(states.dtype)

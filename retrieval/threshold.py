@@ -37,7 +37,7 @@ class Calibration(NamedTuple):
 def calibrate(blip: Blip, run: Path, most: int = 500) -> Calibration:
     """Calibrate on up to `most` captions of the run's validation split, evenly spread."""
     cfg = load_config(run / "config.yaml")
-    table, store = load_annotations(cfg, "val"), open_store(cfg)
+    table, store = load_annotations(cfg, "val", blip.model.tokenizer), open_store(cfg)
     pictures = [store.load(name) for name in table.images]
     asked = np.flatnonzero(table.caption_image != NO_IMAGE)
     asked = asked[np.linspace(0, len(asked) - 1, min(most, len(asked))).astype(int)]

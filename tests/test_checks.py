@@ -22,7 +22,7 @@ from tests.test_train import ROOT, lines, run
 from training import loop
 from training.monitor import TrainingWarnings
 from training.recipe import check_disk, check_recipe, require_negatives
-from transform.text import build_tokenizer, clean_caption
+from transform.text import blip_tokenizer, clean_caption
 
 
 def check(folder, capsys, *pairs: str) -> str:
@@ -155,12 +155,12 @@ def test_captions_that_are_not_english_get_one_warning(language):
 
 
 def test_different_captions_with_equal_tokens_are_counted():
-    reading = read(["a café", "a cafe", "a cafe", "a dog"], "captions")
+    reading = read(["a café", "a cafe", "a cafe", "a dog"], "captions", blip_tokenizer())
     assert reading.alike == pytest.approx(1 / 3)  # of three different ones
-    reading = read(["a dog", "playing badminton"], "captions")
-    ids = build_tokenizer()(["a dog", "playing badminton"])["input_ids"]
+    reading = read(["a dog", "playing badminton"], "captions", blip_tokenizer())
+    ids = blip_tokenizer().bert(["a dog", "playing badminton"])["input_ids"]
     assert reading.pieces == (sum(map(len, ids)) - 4) / 4 and reading.foreign == 0 == reading.alike
-    assert read(["été"], "captions").foreign == pytest.approx(2 / 3)
+    assert read(["été"], "captions", blip_tokenizer()).foreign == pytest.approx(2 / 3)
 
 
 # ---------------------------------------------------------------- recipe, disk, negatives

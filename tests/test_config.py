@@ -19,7 +19,8 @@ BLIP_KEYS = """image_root ann_root dataset pretrained vit batch_size_train batch
 OWN_KEYS = """finetuned med_config train_file val_file test_file patch_size pos_embed_std embed_dim momentum
     global_batch_size ranks_emulated warmup_steps temp_lr_scale augment num_workers precision eval_precision
     rerank_tokens keep_graphs compile save_every_steps keep_last on_bad_sample grey_bits flatten_alpha cache_dir
-    patience eval_before log_every tensorboard""".split()
+    patience eval_before log_every tensorboard image_tower text_tower image_mean image_std tokenizer max_words
+    max_tokens freeze layer_decay lora""".split()
 
 
 def write(folder: Path, text: str) -> Path:
@@ -193,7 +194,7 @@ def test_unreadable_file_is_named(tmp_path):
         ("vit_grad_ckpt", 1, "vit_grad_ckpt must be true or false"),
         ("ann_root", 2014, "ann_root must be text"),
         ("ann_root", ["a"], "ann_root must be text"),
-        ("vit", "bse", "vit must be one of base, large, small, tiny, nano, got 'bse', did you mean 'base'?"),
+        ("vit", "bse", "vit must be one of base, large, huge, small, tiny, nano, clip_base"),
         ("precision", "fp16", "precision must be one of fp32, tf32, bf16"),
         ("eval_precision", "bf61", "eval_precision must be one of fp32, tf32, bf16"),
         ("on_bad_sample", "ignore", "on_bad_sample must be one of error, skip"),

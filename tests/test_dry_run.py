@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from configs.sizes import VitSize
 from data.retrieval import TrainBatch
 from tests.conftest import random_captions, tiny_med, tiny_model
 from tests.golden import NOISE, argmax_instead_of_sampling
@@ -25,7 +26,7 @@ def config(**changes) -> SimpleNamespace:
         "global_batch_size": 8, "ranks_emulated": 2, "batch_size_train": 3, "image_size": 32, "compile": False,
         "precision": "fp32", "eval_precision": "fp32", "alpha": 0.4, "keep_graphs": "auto", "vit": "nano",
         "init_lr": 1e-5, "weight_decay": 0.05, "temp_lr_scale": 1.0, "batch_size_test": 4, "rerank_tokens": 500,
-        "k_test": 6, "max_epoch": 3,
+        "k_test": 6, "max_epoch": 3, "layer_decay": 1.0,
     }  # fmt: skip
     return SimpleNamespace(**{**values, **changes})
 
@@ -107,7 +108,7 @@ def test_kept_graphs_follow_the_memory(monkeypatch):
 @pytest.mark.parametrize(("checkpointing", "drop_path"), [(False, 0.0), (True, 0.0), (False, 0.5)])
 def test_compiled_encoders_compute_the_same(monkeypatch, checkpointing, drop_path):
     argmax_instead_of_sampling(monkeypatch)
-    monkeypatch.setitem(__import__("models.vit").vit.VIT_SIZES, "nano", (48, 2, 2, drop_path))
+    monkeypatch.setitem(__import__("models.vit").vit.VIT_SIZES, "nano", VitSize(48, 2, 2, drop_path))
     sizes = {"vit_grad_ckpt": checkpointing, "vit_ckpt_layer": 1, "negative_all_rank": True}
     eager, compiled = (tiny_model(med_config=tiny_med(num_hidden_layers=2), **sizes).train() for _ in range(2))
     compiled.load_state_dict(eager.state_dict())

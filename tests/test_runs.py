@@ -105,7 +105,7 @@ def test_save_of_a_run_is_also_a_pretrained_checkpoint(tmp_path):
 def test_official_layout(tmp_path):
     save_checkpoint(tmp_path / "new" / "checkpoint_best.pth", *small(), CONFIG, 4, val_r_mean=33.3)
     data = torch.load(tmp_path / "new" / "checkpoint_best.pth", weights_only=True)
-    assert list(data) == ["model", "optimizer", "config", "epoch", "text_config", "code", "val_r_mean"]
+    assert list(data) == ["model", "optimizer", "config", "epoch", "text_config", "code", "val_r_mean", "tokenizer"]
     assert data["config"] == CONFIG and data["epoch"] == 4 and os.listdir(tmp_path / "new") == ["checkpoint_best.pth"]
 
 

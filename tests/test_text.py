@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from transform import text
-from transform.text import MAX_TOKENS, TokenizedText, build_tokenizer, clean_caption, read_vocabulary, tokenize
+from transform.text import MAX_TOKENS, TokenizedText, blip_tokenizer, clean_caption, read_vocabulary, tokenize
 
 
 @pytest.mark.parametrize(
@@ -59,12 +59,12 @@ def test_known_ids(caption, ids):
 
 
 def test_special_ids():
-    tokenizer = build_tokenizer()
+    tokenizer = blip_tokenizer().bert
     assert tokenizer.convert_tokens_to_ids(["[PAD]", "[CLS]", "[SEP]", "[DEC]", "[ENC]"]) == [0, 101, 102, 30522, 30523]
     assert (text.PAD, text.CLS, text.SEP, text.DEC, text.ENC) == (0, 101, 102, 30522, 30523)
     assert len(tokenizer) == text.VOCAB_SIZE == 30524
     assert tokenizer.bos_token == "[DEC]"
-    assert build_tokenizer() is tokenizer
+    assert blip_tokenizer().bert is tokenizer
 
 
 def test_a_caption_cannot_spell_a_special_token():

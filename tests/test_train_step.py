@@ -10,6 +10,7 @@ from fairscale.nn.checkpoint import checkpoint_wrapper
 
 import train_retrieval
 from benchmarks.published import published_step
+from configs.sizes import VitSize
 from tests.conftest import random_captions, tiny_med, tiny_model
 from tests.golden import NOISE, argmax_instead_of_sampling, losses_by_rank
 from tests.test_train import lines
@@ -109,7 +110,7 @@ def test_forward_is_one_step_of_one_rank(monkeypatch):
 def test_drop_path_is_replayed_when_an_image_is_encoded_again(monkeypatch):
     """ViT-L's stochastic depth: micro-batches with recomputation equal micro-batches with all graphs kept."""
     argmax_instead_of_sampling(monkeypatch)
-    monkeypatch.setitem(__import__("models.vit").vit.VIT_SIZES, "nano", (96, 6, 3, 0.5))
+    monkeypatch.setitem(__import__("models.vit").vit.VIT_SIZES, "nano", VitSize(96, 6, 3, 0.5))
     image, text, idx = inputs()
     model = half_filled(tiny_model(F64, negative_all_rank=True))
     twin = copy.deepcopy(model)

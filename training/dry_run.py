@@ -19,6 +19,7 @@ from configs.schema import RetrievalConfig
 from data.loaders import recipe_sampler, train_loader
 from data.retrieval import TrainBatch
 from models.blip_retrieval import BLIP_Retrieval
+from models.towers import start_from_towers
 from retrieval.rerank import encode_images, encode_texts
 from retrieval.scoring import score_pairs
 from training.compilation import compile_encoders
@@ -52,8 +53,8 @@ def synthetic_captions(count: int, vocab_size: int) -> TokenizedText:
     place = np.arange(MAX_TOKENS)  # (35,)
     first_word = min(1000, vocab_size // 2)
     ids = np.where(place < lengths, rng.integers(first_word, vocab_size - 2, (count, MAX_TOKENS)), 0)
-    ids[:, 0] = CLS
-    np.put_along_axis(ids, lengths - 1, SEP, axis=1)
+    ids[:, 0] = min(CLS, vocab_size - 1)
+    np.put_along_axis(ids, lengths - 1, min(SEP, vocab_size - 1), axis=1)
     return TokenizedText(torch.from_numpy(ids), torch.from_numpy((place < lengths).astype(np.int64)))
 
 
@@ -92,6 +93,7 @@ def dry_run(
         f"micro-batches of {micro_batch}, {min(max(kept, micro_batch), local)} of {local} image graphs kept",
         f"peak memory: {megabytes / 1e3:.1f} GB{_total_memory(device)}",
         memory_line,
+        *saved_by_freezing(trial, local, micro_batch, cfg.precision),
         *hours(cfg, sizes, seconds, rates),
     ]
 
@@ -101,6 +103,8 @@ def print_dry_run(model: BLIP_Retrieval, job: Job) -> None:
     cfg, table, val = job.cfg, job.splits["train"], job.splits["val"]
     if cfg.pretrained:
         load_pretrained(model, cfg.pretrained, cfg.cache_dir)
+    elif job.plan.image or job.plan.text:
+        start_from_towers(model, job.plan)
     sampler = recipe_sampler(cfg, len(table.captions), job.args.seed, get_world_size(), get_rank())
     batch = next(iter(train_loader(cfg, table, sampler, model.temp.device)))
     sizes = DrySizes(len(table.captions), len(val.images), len(val.captions))
@@ -131,6 +135,28 @@ class Trial(NamedTuple):
     def update(self) -> None:
         average_gradients(self.model)
         self.optimizer.step()
+
+
+def saved_by_freezing(trial: Trial, local: int, micro_batch: int, arithmetic: str) -> list[str]:
+    """What frozen parts save: weights that the momentum twins share, and a second pass through the image stem."""
+    model = trial.model
+    frozen = [p for name, p in model.named_parameters() if not p.requires_grad and "_m." not in name]
+    if not frozen:
+        return []
+    twins = [p for _, twin in model.twins() for p in twin.parameters()]
+    shared = sum(p.nbytes for p in twins if any(p is q for q in frozen))
+    count = sum(p.numel() for p in frozen)
+    line = (
+        f"frozen: {count / 1e6:.1f} M parameters, without gradient and moments ({12 * count / 1e6:.0f} MB less); the "
+        f"momentum twins share {shared / 1e6:.0f} MB of weights"
+    )
+    if not model.visual_encoder.stem_frozen:
+        return [line]
+    image = trial.batch.image[:micro_batch].to(trial.device)
+    with precision(model, arithmetic):
+        seconds, _ = _seconds(trial.device, lambda: model.image_stem(image))
+    saved = seconds * local / len(image)
+    return [line + f", and its one pass through the image stem saves a second one: {saved:.2f} s a step"]
 
 
 def fitting_micro_batch(trial: Trial, local: int) -> tuple[int, str]:

@@ -17,6 +17,8 @@ from configs.schema import RetrievalConfig, save_config
 from data.loaders import recipe_sampler, train_loader, worker_died
 from data.retrieval import TrainBatch
 from models.blip_retrieval import BLIP_Retrieval
+from models.freezing import training_table
+from models.towers import start_from_towers
 from retrieval.evaluate import chance_warning, evaluate
 from retrieval.provenance import RANDOM, Origin, log_head
 from retrieval.rankings import Rankings, save_rankings
@@ -52,6 +54,8 @@ def train(model: BLIP_Retrieval, job: Job) -> None:
     """Train, validate and test; Stopped with the words for the user when a stop signal came."""
     with StopSignal() as stop, Journal(job, model.temp.device) as journal, logging_redirect_tqdm():
         log_head(model, job.cfg)
+        for line in trained_parts(model, job.cfg):
+            log.info("%s", line)
         run = TrainingRun(model, job, stop, journal)
         try:
             run.validate_start()
@@ -209,7 +213,7 @@ class TrainingRun:
         except Stopped:
             self.save()
             raise
-        source = self.cfg.pretrained
+        source = self.cfg.pretrained or " and ".join(filter(None, (self.cfg.image_tower, self.cfg.text_tower)))
         origin = Origin(source, self.state.origin or "unknown") if source else RANDOM
         self.journal.evaluated("start", stats, self.model, "val", origin, 0)
 
@@ -256,6 +260,13 @@ class TrainingRun:
         return found
 
 
+def trained_parts(model: BLIP_Retrieval, cfg: RetrievalConfig) -> list[str]:
+    """What of the model trains and how fast, when that is not all of it at one rate."""
+    if not (cfg.freeze or cfg.lora or cfg.layer_decay < 1):
+        return []
+    return ["what trains, and the factor on its learning rate:", *training_table(model, cfg.layer_decay)]
+
+
 def start_run(
     model: BLIP_Retrieval, optimizer: torch.optim.Optimizer, job: Job, journal: Journal, steps: int
 ) -> RunState:
@@ -267,8 +278,10 @@ def start_run(
     origin = state.origin if state else RANDOM.kind
     if state is None and cfg.pretrained:
         origin = load_pretrained(model, cfg.pretrained, cfg.cache_dir).kind
+    elif state is None and (job.plan.image or job.plan.text):
+        origin = start_from_towers(model, job.plan).kind
     elif state is None:
-        log.info("training starts from random weights, as pretrained is not set")
+        log.info("training starts from random weights, as neither pretrained nor a tower is set")
     journal.open(state, steps)  # the first thing that is written
     if is_main():
         save_config(cfg, folder / "config.yaml")

@@ -10,7 +10,7 @@ from torch import Tensor
 from models.arrangements import TrainingTexts
 from models.blip_retrieval import BLIP_Retrieval
 from models.itm import PAIRS_PER_SAMPLE
-from transform.text import MAX_TOKENS, TokenizedText
+from transform.text import TokenizedText
 
 log = logging.getLogger("blip")
 
@@ -82,9 +82,10 @@ def _run_micro_batch(model: BLIP_Retrieval, image_size: int, size: int, before: 
         image_tokens = model.encode_image(torch.randn(size, 3, image_size, image_size, device=device))
         graph = torch.cuda.memory_allocated(device) - before
         torch.cuda.reset_peak_memory_stats(device)
-        ids = torch.ones(PAIRS_PER_SAMPLE * size, MAX_TOKENS, dtype=torch.long, device=device)
+        length = model.tokenizer.max_tokens
+        ids = torch.ones(PAIRS_PER_SAMPLE * size, length, dtype=torch.long, device=device)
         image = [pair // PAIRS_PER_SAMPLE for pair in range(len(ids))]
-        arrangement = TrainingTexts([MAX_TOKENS] * len(ids), device, image, size)
+        arrangement = TrainingTexts([length] * len(ids), device, image, size)
         logits = model.match(TokenizedText(ids, torch.ones_like(ids)), image_tokens, arrangement)
         (logits.sum() + model.image_feature(image_tokens).sum()).backward()
         return graph, torch.cuda.max_memory_allocated(device) - before

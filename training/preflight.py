@@ -15,10 +15,12 @@ from checkpoints.load import fit, load_pretrained, open_weights
 from checkpoints.runs import BEST, find_runs
 from configs.datasets import SPLITS
 from configs.schema import RetrievalConfig
+from configs.sizes import MedConfig
 from data.annotations import Annotations, available_splits, load_annotations
 from data.checks import check_data
 from data.findings import Findings
 from models.blip_retrieval import BLIP_Retrieval, build_model
+from models.towers import Plan, plan_model
 from training.recipe import check_disk, check_recipe, require_negatives
 from utils import is_main
 
@@ -32,9 +34,10 @@ class Job:
     cfg: RetrievalConfig
     args: argparse.Namespace
     splits: dict[str, Annotations]  # those the job needs
+    plan: Plan
 
     def load(self, split: str) -> None:
-        self.splits[split] = load_annotations(self.cfg, split)
+        self.splits[split] = load_annotations(self.cfg, split, self.plan.tokenizer)
 
     @property
     def folder(self) -> Path:
@@ -48,7 +51,12 @@ class Job:
 
 def preflight(cfg: RetrievalConfig, args: argparse.Namespace) -> tuple[Job, Findings]:
     """Read the annotations; on rank 0 find what is wrong (with `--check` in all of it) before anything is written."""
-    found, job = Findings(), Job(cfg, args, {})
+    found, plan = Findings(), Plan(cfg, MedConfig())
+    try:
+        plan = plan_model(cfg, weights_to_plan_by(cfg, args))
+    except ValueError as error:
+        found.errors.append(str(error))
+    cfg, job = plan.cfg, Job(plan.cfg, args, {}, plan)
     for split in [s for s in available_splits(cfg) if s != "train"] if args.evaluate else SPLITS:
         found.attempt(partial(job.load, split))
     if not is_main():
@@ -70,6 +78,26 @@ def preflight(cfg: RetrievalConfig, args: argparse.Namespace) -> tuple[Job, Find
         if not recipe.errors:
             found.attempt(lambda: require_negatives(cfg, job.splits["train"], args.seed))
     return job, found
+
+
+def weights_to_plan_by(cfg: RetrievalConfig, args: argparse.Namespace) -> str:
+    """The checkpoint that says what the config leaves open; '' where there is none, or it is still to be downloaded."""
+    source = cfg.pretrained
+    if args.evaluate:
+        try:
+            source = weights_to_evaluate(cfg, args)[0]
+        except ValueError:
+            return ""  # said later, with all else that is wrong
+    elif args.resume:
+        saves = find_runs(args.output_dir) if args.resume == "auto" else [Path(args.resume)]
+        source = str(next((save for save in saves if save.exists()), source))
+    return "" if args.check and is_remote(source, cfg) else source
+
+
+def is_remote(source: str, cfg: RetrievalConfig) -> bool:
+    """Whether it is an address or a released name, and not on this machine yet."""
+    remote = "://" in source or (source in RELEASED and not Path(source).exists())
+    return remote and not (cache_folder(cfg.cache_dir) / source.rpartition("/")[2]).exists()
 
 
 def weights_to_evaluate(cfg: RetrievalConfig, args: argparse.Namespace) -> tuple[str, str]:
@@ -102,7 +130,7 @@ def check_model(job: Job) -> Findings:
     """The text encoder's JSON, the checkpoint, and room for saves; on a model without memory."""
     cfg, args = job.cfg, job.args
     with torch.device("meta"):
-        model = build_model(cfg)
+        model = build_model(cfg, job.plan.med, job.plan.tokenizer)
     source = weights_to_evaluate(cfg, args)[0] if args.evaluate else cfg.pretrained
     found = check_checkpoint(model, source, job) if source and not args.resume else Findings()
     if not args.evaluate:
@@ -114,8 +142,7 @@ def check_model(job: Job) -> Findings:
 def check_checkpoint(model: BLIP_Retrieval, source: str, job: Job) -> Findings:
     """Whether it fits the config, and whether it is one to train from."""
     cfg, args = job.cfg, job.args
-    remote = "://" in source or (source in RELEASED and not Path(source).exists())
-    if args.check and remote and not (cache_folder(cfg.cache_dir) / source.rpartition("/")[2]).exists():
+    if args.check and is_remote(source, cfg):
         return Findings(facts=[f"{source}: not here yet, so not checked; the first run downloads it"])
     if args.check:
         with warnings.catch_warnings(action="ignore"):  # that there is no memory to load into

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from configs.schema import RetrievalConfig
+from models.blip_retrieval import BLIP_Retrieval
+from models.freezing import depths_below_heads
 
 
 def cosine_lr(epoch: int, max_epoch: int, init_lr: float, min_lr: float) -> float:
@@ -16,10 +18,15 @@ def cosine_lr(epoch: int, max_epoch: int, init_lr: float, min_lr: float) -> floa
     return (init_lr - min_lr) * 0.5 * (1 + math.cos(math.pi * epoch / max_epoch)) + min_lr
 
 
-def build_optimizer(model: nn.Module, cfg: RetrievalConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: BLIP_Retrieval, cfg: RetrievalConfig) -> torch.optim.Optimizer:
     """AdamW on everything that trains, weight decay included, as BLIP does; `scale` multiplies a group's rate."""
-    rest = [p for p in model.parameters() if p.requires_grad and p is not model.temp]
-    groups = [{"params": rest, "scale": 1.0}, {"params": [model.temp], "scale": cfg.temp_lr_scale}]
+    depths = depths_below_heads(model) if cfg.layer_decay < 1 else {}
+    by_scale: dict[float, list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad and p is not model.temp:
+            by_scale.setdefault(cfg.layer_decay ** depths.get(name, 0), []).append(p)
+    groups = [{"params": params, "scale": scale} for scale, params in by_scale.items()]
+    groups.append({"params": [model.temp], "scale": cfg.temp_lr_scale})
     return torch.optim.AdamW(groups, lr=cfg.init_lr, weight_decay=cfg.weight_decay, fused=True)
 
 

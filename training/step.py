@@ -85,17 +85,22 @@ class RetrievalStep:
         self.gather = all_gather if model.negative_all_rank else lambda x: x
         self.offset = get_rank() * len(image) if model.negative_all_rank else 0  # this process's place in the pool
         self.pool_idx = self.gather(idx)
-        self.pool_text, self.lengths = _pool_text(text, model.negative_all_rank, image.device)
+        self.pool_text, self.lengths = _pool_text(
+            text, model.negative_all_rank, image.device, model.tokenizer.max_tokens
+        )
         self.by_rank: dict[str, Tensor] = {}
         self.starved = torch.zeros((), dtype=torch.bool, device=image.device)
 
         if not momentum_moved:
             model.clamp_temp()
             model.update_momentum()
+        parts = slices(0, len(image), micro_batch or len(image))
+        if model.visual_encoder.stem_frozen:  # once for both encoders, and for images that are encoded twice
+            self.image = torch.cat([model.image_stem(image[samples]) for samples in parts])
         features = []
-        for samples in slices(0, len(image), micro_batch or len(image)):
+        for samples in parts:
             poll()
-            features.append(model.momentum_features(image[samples], *self._own_texts(samples)))
+            features.append(model.momentum_features(self.image[samples], *self._own_texts(samples)))
         self.image_feat_m, self.text_feat_m = (torch.cat(column) for column in zip(*features, strict=True))  # (n, E)
 
     def encode_text(self, samples: slice) -> Tensor:
@@ -298,13 +303,15 @@ def _replay(state: Tensor | None, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _pool_text(text: TokenizedText, all_rank: bool, device: torch.device) -> tuple[TokenizedText, list[int]]:
+def _pool_text(
+    text: TokenizedText, all_rank: bool, device: torch.device, columns: int
+) -> tuple[TokenizedText, list[int]]:
     """The texts of the pool on the device, and their numbers of tokens on the host.
 
     Lengths are read where the loader left the texts, so nothing waits for the GPU; those of other processes arrive on
-    the device. Processes then agree on MAX_TOKENS columns, as their longest captions differ.
+    the device. Processes then agree on `columns`, as their longest captions differ.
     """
     if get_world_size() == 1 or not all_rank:
         return text.to(device, non_blocking=True), text.attention_mask.sum(1).tolist()
-    pool = TokenizedText(*map(all_gather, text.to(device, non_blocking=True).padded()))
+    pool = TokenizedText(*map(all_gather, text.to(device, non_blocking=True).padded(columns)))
     return pool, pool.attention_mask.sum(1).tolist()

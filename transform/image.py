@@ -4,6 +4,7 @@ Source: BLIP (Li et al., ICML 2022), `data/__init__.py`; mean and std are CLIP's
 Legend: S image_size.
 """
 
+from collections.abc import Sequence
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -86,27 +87,25 @@ def _png_significant_bits(file: IO[bytes]) -> int:
     return 0
 
 
-def train_transform(image_size: int) -> Compose:
+def train_transform(image_size: int, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Compose:
     """PIL RGB -> (3, S, S) float32: crop of half to all of the area, flip, RandAugment(2, 5); torch's RNG only."""
     return Compose(
         [
             RandomResizedCrop(image_size, scale=(0.5, 1.0), interpolation=InterpolationMode.BICUBIC),
             RandomHorizontalFlip(),
             RandomAugment(n=2, m=5),
-            *_to_normalised(),
+            ToTensor(),
+            Normalize(mean, std),
         ]
     )
 
 
-def eval_transform(image_size: int) -> Compose:
+def eval_transform(image_size: int, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Compose:
     """PIL RGB -> (3, S, S) float32: the whole image squeezed to a square, so that no object is cut off."""
     return Compose(
         [
             Resize((image_size, image_size), interpolation=InterpolationMode.BICUBIC),
-            *_to_normalised(),
+            ToTensor(),
+            Normalize(mean, std),
         ]
     )
-
-
-def _to_normalised() -> list:
-    return [ToTensor(), Normalize(MEAN, STD)]
