@@ -15,7 +15,7 @@ from checkpoints.files import few
 from checkpoints.huggingface import read_folder, write_folder
 from checkpoints.load import LoadReport, fit, open_weights
 from checkpoints.runs import write_atomically
-from checkpoints.weights import QUEUES, TWINS, read_sizes
+from checkpoints.weights import QUEUES, TWINS, read_sizes, state_sha256
 from models.loading import empty_model, file_sizes
 from utils import setup_logging
 
@@ -24,8 +24,10 @@ def export_folder(source: str, folder: Path, config: str = "") -> LoadReport:
     """Write any readable checkpoint as a Hugging Face folder; `config` gives image_size and the text encoder's JSON."""
     file = open_weights(source)
     sizes, med = file_sizes(file, config)
-    state, report = fit(file, empty_model(sizes, med).state_dict())
-    write_folder(folder, state, med, file.name, file.extra)
+    target = empty_model(sizes, med).state_dict()
+    state, report = fit(file, target)
+    ordered = {key: state[key] for key in target if key in state}
+    write_folder(folder, state, med, file.name, file.extra, state_sha256(ordered))
     return report
 
 

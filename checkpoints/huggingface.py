@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoints.files import few
+from checkpoints.model_card import CARD, model_card
 from checkpoints.weights import QUEUES, TWINS, Sizes, WeightFile, read_sizes, read_weights, tokenizer_in
 from configs.schema import TEMP_RANGE
 from configs.sizes import VIT_SIZES, MedConfig
@@ -100,11 +101,12 @@ def write_folder(
     med: MedConfig,
     name: str,
     extra: dict[str, Any] | None = None,
+    sha256: str = "",
 ) -> None:
     """Write a folder that `BlipForImageTextRetrieval.from_pretrained` and `BlipProcessor.from_pretrained` load.
 
-    The tensors are official ones of the file `name`, `extra` what else it says. Each file replaces a former one in one
-    step, the tensors first.
+    The tensors are official ones of the file `name`, `extra` what else it says, `sha256` that of the weights. Each file
+    replaces a former one in one step, the tensors first.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file; name the folder to write to.")
@@ -122,10 +124,13 @@ def write_folder(
     dtype = online["itm_head.weight"].dtype
     config = _to_hf_config(read_sizes(state, name), med, tokenizer, state["temp"].item(), dtype)
     tensors = rename(online, to_official=False, name=name)
+    source = WeightFile(name, state, extra=extra)
+    card = model_card(source, read_sizes(state, name, trained.get("vit", "")), sha256)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".part") as part:
         save_file(tensors, Path(part, TENSORS), metadata={"format": "pt"})
         Path(part, CONFIG).write_text(config, encoding="utf-8")
+        Path(part, CARD).write_text(card, encoding="utf-8")
         _processor(read_sizes(state, name).image_size, tokenizer, colours).save_pretrained(part)
         shutil.copymode(Path(part, CONFIG), Path(part, TENSORS))  # safetensors makes it readable for its owner only
         for file in sorted(Path(part).iterdir(), key=lambda file: file.name != TENSORS):

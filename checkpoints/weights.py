@@ -203,12 +203,18 @@ def require_equal_tokenizers(name: str, file: CaptionTokenizer, wanted: CaptionT
 
 
 def weights_sha256(model: nn.Module) -> str:
+    """`state_sha256` of a model's weights."""
+    return state_sha256(merge_lora(model.state_dict()))
+
+
+def state_sha256(state: dict[str, Tensor]) -> str:
     """SHA-256 over names, shapes and float32 values of the online weights: equal for every format of one model.
 
-    Momentum twins and queues are left out: evaluation does not use them, and not every format has them.
+    Momentum twins and queues are left out: evaluation does not use them, and not every format has them. The order is
+    the model's.
     """
     digest = hashlib.sha256()
-    for name, value in merge_lora(model.state_dict()).items():
+    for name, value in state.items():
         if not name.startswith(TWINS) and name not in QUEUES:
             digest.update(f"{name} {tuple(value.shape)}\n".encode())
             digest.update(value.detach().float().cpu().contiguous().numpy().data)

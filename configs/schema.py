@@ -90,6 +90,7 @@ class RetrievalConfig:
     tokenizer: str = knob("", "folder with a BERT's vocab.txt; '' = that of the tower or the checkpoint, BLIP's")
     max_words: int = knob(30, "words of a caption that are read, BLIP's", 1)
     max_tokens: int = knob(35, "tokens of a caption that are read, [CLS] and [SEP] included, BLIP's", 3)
+    vit_init_std: float = knob(0.02, "standard deviation of the image encoder's initial weights", 0, 1)
     pos_embed_std: float = knob(0.02, "standard deviation of the initial image position embeddings", 0, 1)
     embed_dim: int = knob(256, "width of the contrastive features; released checkpoints have 256", 1)
     vit_grad_ckpt: bool = knob(False, "recompute activations of image blocks in the backward pass to save memory")

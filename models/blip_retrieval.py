@@ -54,6 +54,7 @@ class BLIP_Retrieval(nn.Module):
         negative_all_rank: bool = False,
         patch_size: int = 16,
         pos_embed_std: float = 0.02,
+        vit_init_std: float = 0.02,
         tokenizer: CaptionTokenizer | None = None,
     ):
         super().__init__()
@@ -61,7 +62,8 @@ class BLIP_Retrieval(nn.Module):
         med = med_config if isinstance(med_config, MedConfig) else load_med_config(med_config)
 
         def build_vit() -> VisionTransformer:
-            return VisionTransformer(vit, image_size, patch_size, vit_grad_ckpt, vit_ckpt_layer, pos_embed_std)
+            checkpointing = vit_grad_ckpt, vit_ckpt_layer
+            return VisionTransformer(vit, image_size, patch_size, *checkpointing, pos_embed_std, vit_init_std)
 
         self.visual_encoder = build_vit()
         vision_width = self.visual_encoder.width
@@ -266,7 +268,7 @@ def build_model(
 ) -> BLIP_Retrieval:
     """The model that a config describes, with random weights; `med` and `tokenizer` are those of its plan, if any."""
     names = ("image_size", "vit", "vit_grad_ckpt", "vit_ckpt_layer", "embed_dim", "queue_size", "momentum",
-             "negative_all_rank", "patch_size", "pos_embed_std")  # fmt: skip
+             "negative_all_rank", "patch_size", "pos_embed_std", "vit_init_std")  # fmt: skip
     med_config = med or find_path(cfg.med_config)
     try:
         return BLIP_Retrieval(

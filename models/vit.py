@@ -64,6 +64,7 @@ class VisionTransformer(nn.Module):
         grad_ckpt: bool = False,
         ckpt_layer: int = 0,
         pos_embed_std: float = 0.02,
+        init_std: float = 0.02,
     ):
         super().__init__()
         size = VIT_SIZES[vit]
@@ -82,7 +83,7 @@ class VisionTransformer(nn.Module):
         self.norm_pre = norm(width) if size.norm_pre else nn.Identity()
         self.blocks = cast("Sequence[VitBlock]", nn.ModuleList(blocks))
         self.norm = norm(width)
-        self.apply(_init_weights)
+        self.apply(partial(_init_weights, std=init_std))
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=pos_embed_std)
         for block in self.blocks[depth - ckpt_layer :] if grad_ckpt else ():
@@ -113,7 +114,7 @@ class VisionTransformer(nn.Module):
         return x
 
 
-def _init_weights(module: nn.Module) -> None:
+def _init_weights(module: nn.Module, std: float) -> None:
     if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.trunc_normal_(module.weight, std=std)
         nn.init.zeros_(module.bias)

@@ -21,6 +21,17 @@ def test_equals_timm(vit):
     torch.testing.assert_close(ours(image, cls_only=True), tokens[:, :1], atol=1e-5, rtol=1e-5)
 
 
+def test_init_std_sets_the_spread_of_the_matrices_alone():
+    torch.manual_seed(0)
+    for std in (0.02, 0.06):
+        vit = VisionTransformer("nano", 32, patch_size=8, init_std=std)
+        weights = torch.cat([block.mlp.fc1.weight.flatten() for block in vit.blocks])
+        assert weights.std().item() == pytest.approx(std, rel=0.05)
+        assert (
+            vit.pos_embed.std().item() == pytest.approx(0.02, rel=0.2) and vit.blocks[0].mlp.fc1.bias.abs().sum() == 0
+        )
+
+
 def test_pos_embed_std_sets_the_spread_of_the_position_embeddings_alone():
     for std in (0.02, 0.5):
         torch.manual_seed(0)

@@ -1,0 +1,105 @@
+"""The README.md of an exported folder: what was trained on what, how well it retrieves, and what it is not for.
+
+Source of the sections: Mitchell et al. 2019 (Model Cards, arXiv 1810.03993). What nobody has written down is said to be
+unknown; the owner of the weights fills it in.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from checkpoints.weights import Sizes, WeightFile
+
+CARD = "README.md"
+RECALL = ("txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10")
+LIMITS = """\
+- It reads {language}. Other languages, and captions beyond {max_words} words or {max_tokens} tokens, it does not.
+- Recall is measured against the captions that were written for an image. Other captions and images that fit as well
+  count as wrong, so Recall is too low; it says nothing about other kinds of pictures or captions.
+- It has learnt from pictures and texts of the web, directly or through the weights that it started from, with their
+  biases: about people, places, professions. Do not use it to decide about people.
+- A score orders candidates of one query. It is no probability that a caption is true, and counting, negation and who
+  does what to whom are often missed.
+"""
+
+
+def model_card(file: WeightFile, sizes: Sizes, sha256: str, graphs: str = "") -> str:
+    """Markdown with the front matter of Hugging Face; `graphs`: what the folder holds, if not transformers' model."""
+    trained: dict[str, Any] = file.extra.get("config", {})
+    tokenizer = file.tokenizer
+    language = "English" if tokenizer.name.startswith("BLIP's") else f"the language of {tokenizer.name}"
+    limits = LIMITS.format(language=language, max_words=tokenizer.max_words, max_tokens=tokenizer.max_tokens)
+    return "\n".join(
+        [
+            "---",
+            "license: other  # of the weights: fill in, see below",
+            "pipeline_tag: zero-shot-image-classification" if not graphs else "library_name: onnx",
+            "tags: [image-text-retrieval, blip]",
+            "---",
+            "",
+            "# BLIP for image-text retrieval",
+            "",
+            f"ViT-{sizes.vit} at {sizes.image_size} px, {sizes.text['num_hidden_layers']} text layers, embeddings of "
+            f"{sizes.embed_dim} numbers. {graphs or 'For BlipForImageTextRetrieval of transformers.'}",
+            f"Written from `{Path(file.name).name}`, SHA-256 of the weights `{sha256[:16]}`.",
+            "",
+            "## What it was trained on",
+            "",
+            *_training(file, trained),
+            "",
+            "## Recall, in percent",
+            "",
+            *_recall(Path(file.name), sha256),
+            "",
+            "## Limits",
+            "",
+            limits,
+            "## Licence",
+            "",
+            "The program that wrote this is BSD-3-Clause, as BLIP. The weights inherit the terms of what they were "
+            "trained on and started from: fill in yours.",
+            "",
+            "## Source",
+            "",
+            "Li et al., BLIP, ICML 2022, arXiv 2201.12086.",
+            "",
+        ]
+    )
+
+
+def _training(file: WeightFile, trained: dict[str, Any]) -> list[str]:
+    if not trained.get("dataset"):
+        return ["Unknown: the file does not say. Fill in the data set and where training started."]
+    files = ", ".join(str(trained[key]) for key in ("train_file",) if trained.get(key))
+    towers = " and ".join(str(trained[key]) for key in ("image_tower", "text_tower") if trained.get(key))
+    start = trained.get("pretrained") or towers or "random weights"
+    keys = ("init_lr", "global_batch_size", "max_epoch", "momentum", "queue_size", "precision", "seed")
+    settings = ", ".join(f"{key} {trained[key]}" for key in keys if key in trained)
+    epoch = file.extra.get("epoch")
+    return [
+        f"Data set `{trained['dataset']}`{f' ({files})' if files else ''}, from {start}"
+        f"{f'; weights of epoch {epoch}' if epoch is not None else ''}.",
+        f"Settings: {settings}. Code: {file.extra.get('code', 'unknown')}.",
+    ]
+
+
+def _recall(checkpoint: Path, sha256: str) -> list[str]:
+    """Rows of log.txt and evaluate.txt beside the checkpoint that are of these weights."""
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for name in ("log.txt", "evaluate.txt"):
+        lines = (folder / name).read_text(encoding="utf-8").splitlines() if (folder / name).exists() else []
+        for row in map(json.loads, lines):
+            if row.get("checkpoint_sha256") == sha256:
+                found |= {(row.get("dataset", ""), split): row for split in ("val", "test") if f"{split}_txt_r1" in row}
+    if not found:
+        return ["Not measured, or not with these very weights. `train_retrieval.py --evaluate` measures it."]
+    table = [
+        "| split | images, captions | image to text R@1, 5, 10 | text to image R@1, 5, 10 |",
+        "|---|---|---|---|",
+    ]
+    for (data, split), row in sorted(found.items()):
+        numbers = [f"{row[f'{split}_{key}']:.1f}" for key in RECALL]
+        counts = f"{row.get(f'{split}_images', '?')}, {row.get(f'{split}_captions', '?')}"
+        table.append(f"| {data} {split} | {counts} | {' '.join(numbers[:3])} | {' '.join(numbers[3:])} |")
+    return table
