@@ -6,6 +6,7 @@ unchanged. What cannot work, in a file or in `--set`, is a `ValueError` that nam
 
 import difflib
 import os
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -50,7 +51,7 @@ class RetrievalConfig:
 
     # --- data
     dataset: str = knob(MISSING, "what to train and evaluate on", choices=DATASETS)
-    image_root: str = knob("", "folder or .zip that the annotations' image paths are relative to")
+    image_root: str = knob("", "folder, .zip, .tar, or shards name-{000..099}.tar, that image paths are relative to")
     ann_root: str = knob("annotation", "folder of the annotation files")
     train_file: str | list = knob("", "custom only: training annotations under ann_root; a list = one set of several")
     val_file: str | list = knob("", "custom only: validation annotations, evaluated after each epoch")
@@ -324,6 +325,9 @@ def _read_overrides(overrides: Mapping[str, Any] | Sequence[str]) -> dict[str, A
         for text in overrides:
             if "=" not in text:
                 raise ValueError(f"--set {text}: write --set key=value")
+        key, count = Counter(text.partition("=")[0] for text in overrides).most_common(1)[0] if overrides else ("", 1)
+        if count > 1 and any(text.endswith(".tar") for text in overrides):
+            raise ValueError(f"--set {key} is given {count} times: put quotation marks around braces, for the shell")
         overrides = dict(text.split("=", 1) for text in overrides)
     changes = {}
     for key, value in overrides.items():
