@@ -1,5 +1,6 @@
 """Pictures and captions out of .tar shards: the samples of the unpacked folder, bit for bit; damage is named."""
 
+import gc
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import re
 import shutil
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 import train_retrieval
+from benchmarks.bench_shards import captions, work
 from configs.schema import RetrievalConfig, load_config
 from data import tars
 from data.annotations import load_annotations
@@ -25,6 +28,7 @@ from data.loaders import GlobalBatchSampler, train_loader
 from data.rows import read_rows
 from data.shards import Shards, expand, is_shards, open_shards
 from data.tars import INDEX, ShardError, open_index
+from data.texts import Texts
 from retrieval.indexing import listing
 from retrieval.provenance import files_sha256
 from tests.test_resume import assert_equal_outcomes, outcome, sabotaged, straight
@@ -398,3 +402,47 @@ def test_a_run_from_shards_alone_is_bit_equal_to_one_from_their_folders(tiny_run
         logs[f"{root} weights"] = [tensor.numpy().tobytes() for tensor in weights.values()]
     assert logs["pairs"] == logs["shards"] and len(logs["pairs"]) == 3
     assert logs["pairs weights"] == logs["shards weights"]
+
+
+# ---------------------------------------------------------------- texts in one buffer
+
+TEXTS = ["a cat", "", "na\u00efve \u732b", "\ud83d", "b" * 300]
+
+
+def test_texts_are_a_list_in_one_buffer():
+    texts = Texts(TEXTS)
+    assert list(texts) == TEXTS == texts and texts == Texts(TEXTS) and len(texts) == 5
+    assert texts != TEXTS[:4] and texts != Texts(TEXTS[::-1]) and texts != tuple(TEXTS)
+    assert [texts[i] for i in range(-5, 5)] == [TEXTS[i] for i in range(-5, 5)]
+    assert texts[np.int64(2)] == TEXTS[2] and texts[1:4] == TEXTS[1:4] and texts[::-2] == TEXTS[::-2]
+    for wrong in (5, -6):
+        with pytest.raises(IndexError):
+            texts[wrong]
+    with pytest.raises(TypeError):
+        texts["a"]
+    assert pickle.loads(pickle.dumps(texts)) == texts and not Texts() and Texts() == []
+    assert Texts.of(bytes(texts.data), bytes(texts.bounds)) == texts and texts.index("") == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="the memory of a process is Linux's to tell")
+def test_a_forked_worker_does_not_copy_the_captions():
+    """As a list they are copied nearly whole; the same measurement on both, so that it can fail."""
+    copied = {}
+    for kind in (list, Texts):
+        texts = kind(captions(60_000))
+        gc.collect()
+        queue = get_context("fork").Queue()
+        worker = get_context("fork").Process(target=work, args=(texts, 0, queue))
+        worker.start()
+        copied[kind] = queue.get(timeout=60)[0]
+        worker.join()
+    assert copied[list] > 4 and copied[Texts] < copied[list] / 3, copied
+
+
+def test_a_table_of_annotations_holds_its_texts_in_buffers(folder_of_samples):
+    cfg = RetrievalConfig(
+        dataset="custom", image_root=str(folder_of_samples / "shards"), ann_root=str(folder_of_samples),
+        train_file="shards", val_file="shards",
+    )  # fmt: skip
+    table = load_annotations(cfg, "train")
+    assert all(isinstance(texts, Texts) for texts in (table.images, table.captions, table.id_names))

@@ -1,6 +1,7 @@
 """What is known to be wrong with a run before anything is written: data, config, checkpoint and disk together."""
 
 import argparse
+import os
 import warnings
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -54,6 +55,7 @@ def preflight(cfg: RetrievalConfig, args: argparse.Namespace) -> tuple[Job, Find
     if not is_main():
         return job, found
     found.add(check_data(cfg, job.splits, args.check))
+    found.warnings += launcher_warnings()
     if not args.evaluate and cfg.tensorboard and not find_spec("tensorboard"):
         found.errors.append(
             "tensorboard is true, but the package is not installed: pip install -r requirements-tensorboard.txt, or "
@@ -70,6 +72,17 @@ def preflight(cfg: RetrievalConfig, args: argparse.Namespace) -> tuple[Job, Find
         if not recipe.errors:
             found.attempt(lambda: require_negatives(cfg, job.splits["train"], args.seed))
     return job, found
+
+
+def launcher_warnings() -> list[str]:
+    """Several launchers that are to restart processes, but share the store that a new launcher cannot join."""
+    several = int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1 and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if not several or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return []
+    return [
+        "a machine that dies could not come back into this run: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for the "
+        "launcher on every machine (docs/training.md)"
+    ]
 
 
 def weights_to_evaluate(cfg: RetrievalConfig, args: argparse.Namespace) -> tuple[str, str]:
