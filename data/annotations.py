@@ -16,8 +16,10 @@ import numpy as np
 from checkpoints.download import fetch_to
 from configs.datasets import ANNOTATIONS_URL, DATASETS, SPLITS
 from configs.schema import RetrievalConfig
+from data.cache import open_cache
 from data.rows import Row, RowFile, read_rows
 from data.scenes import ensure_scenes
+from data.shards import is_shards
 from data.texts import Texts
 from transform.text import MAX_WORDS, clean_caption
 from utils import find_path
@@ -247,7 +249,11 @@ def _read_set(cfg: RetrievalConfig, names: str | list[str]) -> RowFile:
     rows: list[Row] = []
     notes: list[str] = []
     for name in [names] if isinstance(names, str) else names:
-        found = read_rows(find_path(find_path(cfg.ann_root) / name), find_path(cfg.image_root))
+        fetched = open_cache(cfg) if cfg.fetch else None
+        file = find_path(find_path(cfg.ann_root) / name)
+        if fetched and is_shards(file):
+            file = fetched.folder / Path(name).name
+        found = read_rows(file, find_path(cfg.image_root), fetched.shards if fetched else None)
         rows += found.rows
         notes += found.notes
     return RowFile(rows, notes)

@@ -20,6 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from configs.datasets import DATASETS
 from configs.schema import RetrievalConfig
+from data.cache import open_cache
 from data.scenes import ARCHIVE
 from data.shards import Shards, is_shards, open_shards
 from data.tars import ShardError
@@ -35,15 +36,20 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # Im
 class ImageStore:
     """Images under `image_root`: a folder, a .zip or a set of shards; worker processes may inherit it or be sent it."""
 
-    def __init__(self, root: str | os.PathLike, rule: PixelRule = AS_BLIP, upright: bool = False) -> None:
-        """`upright`: apply the orientation in EXIF, which evaluation does not, as BLIP does not."""
+    def __init__(
+        self, root: str | os.PathLike, rule: PixelRule = AS_BLIP, upright: bool = False, shards: Shards | None = None
+    ) -> None:
+        """`upright`: apply the orientation in EXIF, which evaluation does not, as BLIP does not.
+
+        `shards`: those of `root` where they are fetched.
+        """
         if not os.fspath(root):
             raise ValueError("image_root is empty: set it to the folder, the .zip or the .tar that holds the images")
         self.root, self.rule, self.upright = find_path(root), rule, upright
         self.is_zip = self.root.suffix.lower() == ".zip"
         self._zip: zipfile.ZipFile | None = None
         self._zip_pid = 0
-        self.shards: Shards | None = open_shards(self.root) if is_shards(self.root) else None
+        self.shards = shards or (open_shards(self.root) if is_shards(self.root) else None)
         if self.shards:
             return
         if not (self.root.is_file() if self.is_zip else self.root.is_dir()):
@@ -163,7 +169,9 @@ class ImageStore:
 def open_store(cfg: RetrievalConfig) -> ImageStore:
     """The images of the config's data set; drawn ones lie beside their annotations, wherever image_root points."""
     root = find_path(cfg.ann_root) / ARCHIVE if DATASETS[cfg.dataset].drawn else cfg.image_root
-    return ImageStore(root, PixelRule(cfg.grey_bits, cfg.flatten_alpha))
+    return ImageStore(
+        root, PixelRule(cfg.grey_bits, cfg.flatten_alpha), shards=open_cache(cfg).shards if cfg.fetch else None
+    )
 
 
 def missing_message(store: ImageStore, names: Sequence[str], folder: str = "", source: str = "") -> str:

@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,10 @@ from torch.utils.data import DataLoader, Sampler, Subset
 
 from configs.schema import RetrievalConfig
 from data.annotations import Annotations
+from data.cache import open_cache
 from data.images import open_store
 from data.retrieval import EvalImages, RetrievalTrain, collate_train
+from data.windows import Follower, Windows, windows_of
 from transform.image import eval_transform, train_transform
 
 logger = logging.getLogger(__name__)
@@ -33,12 +35,22 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
     the other, so len(local_ranks) * b pairs. The length is that of a whole epoch in steps, whatever start_step is.
     """
 
-    def __init__(self, num_samples: int, global_batch: int, ranks: int, local_ranks: range, seed: int) -> None:
+    def __init__(
+        self,
+        num_samples: int,
+        global_batch: int,
+        ranks: int,
+        local_ranks: range,
+        seed: int,
+        windows: Windows | None = None,
+    ) -> None:
         assert global_batch % ranks == 0 and 0 <= min(local_ranks) <= max(local_ranks) < ranks
         self.num_samples, self.ranks, self.local_ranks, self.seed = num_samples, ranks, local_ranks, seed
         self.rank_batch = global_batch // ranks
         self.rank_samples = -(-num_samples // ranks)  # the first samples come again, so that no rank gets fewer
         self.epoch, self.start_step = 0, 0
+        self.windows = windows
+        self.follower: Callable[[int, int, int], None] = never_follow
         if len(self) == 0:
             raise ValueError(
                 f"{num_samples} training captions do not fill one global batch of {global_batch}: "
@@ -54,12 +66,21 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, b = self.epoch, self.rank_batch
-        order = torch.randperm(self.num_samples, generator=torch.Generator().manual_seed(self.seed + epoch))
+        if self.windows:
+            order = self.windows.order(self.seed, epoch)
+        else:
+            order = torch.randperm(self.num_samples, generator=torch.Generator().manual_seed(self.seed + epoch))
         order = order.repeat(-(-self.rank_samples * self.ranks // self.num_samples))[: self.rank_samples * self.ranks]
         by_rank = order.view(self.rank_samples, self.ranks).T  # (ranks, samples of a rank)
         local = by_rank[self.local_ranks.start : self.local_ranks.stop]
+        batch = b * self.ranks
         for step in range(self.start_step, len(self)):
+            self.follower(epoch, step * batch, (step + 1) * batch)
             yield [(epoch, index) for index in local[:, step * b : (step + 1) * b].flatten().tolist()]
+
+
+def never_follow(epoch: int, first: int, last: int) -> None:
+    """The follower of shards that are all there."""
 
 
 class Loader(DataLoader):
@@ -129,12 +150,13 @@ def _common(workers: int, device: torch.device) -> dict[str, Any]:
 
 
 def recipe_sampler(
-    cfg: RetrievalConfig, num_samples: int, seed: int, processes: int = 1, process: int = 0
+    cfg: RetrievalConfig, table: Annotations, seed: int, processes: int = 1, process: int = 0
 ) -> GlobalBatchSampler:
     """The batches of `process`, which plays an equal share of the ranks that the config emulates."""
     local = cfg.ranks_emulated // processes
     ranks = range(process * local, (process + 1) * local)
-    return GlobalBatchSampler(num_samples, cfg.global_batch_size, cfg.ranks_emulated, ranks, seed)
+    sizes = len(table.captions), cfg.global_batch_size, cfg.ranks_emulated
+    return GlobalBatchSampler(*sizes, ranks, seed, windows_of(cfg, table))
 
 
 def train_loader(
@@ -143,6 +165,8 @@ def train_loader(
     """`TrainBatch` after `TrainBatch` in the sampler's order, one for each optimizer step."""
     transform = train_transform(cfg.image_size) if cfg.augment else eval_transform(cfg.image_size)
     skip = cfg.on_bad_sample == "skip"
+    if sampler.windows:
+        sampler.follower = Follower(open_cache(cfg), sampler.windows, sampler.seed)
     return Loader(
         RetrievalTrain(annotations, open_store(cfg), transform, sampler.seed, skip),
         batch_sampler=sampler,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from data.dialects import METADATA, read_dialect, read_folder, read_text
 from data.keys import did_you_mean, same_file
 from data.samples import read_samples
-from data.shards import is_shards, shard_files
+from data.shards import Shards, is_shards, shard_files
 
 SPLIT_NAMES = {  # what files call a split, in lower case
     "train": "train", "training": "train", "restval": "train",
@@ -51,16 +51,17 @@ class RowFile(NamedTuple):
     notes: list[str]
 
 
-def read_rows(file: Path, image_root: Path = Path()) -> RowFile:
+def read_rows(file: Path, image_root: Path = Path(), fetched: Shards | None = None) -> RowFile:
     """The checked rows of a file, folder or set of shards in any known dialect; ValueError names file, row and key.
 
-    `image_root`: what paths found in a folder are relative to; the shards that those of annotations are among.
+    `image_root`: what paths found in a folder are relative to; the shards that those of annotations are among, which
+    are `fetched` if they are not on the disk.
     """
     inside = [file / name for name in METADATA if (file / name).is_file()]
     if inside:
         file = inside[0]
     if is_shards(file):
-        found = read_samples(file, image_root)
+        found = read_samples(file, image_root, fetched)
     else:
         found = read_folder(file, image_root) if file.is_dir() else read_dialect(file, read_text(file))
     rows = [_check_row(file, number, row) for number, row in found.rows]

@@ -9,40 +9,45 @@ from pathlib import Path
 from typing import Any
 
 from data.keys import KEY_OF, Dialect, Numbered, own_keys, plain
-from data.shards import PICTURE, open_shards
-from data.tars import ShardError, TarIndex
+from data.shards import PICTURE, Shards, open_shards, shard_files
+from data.tars import ShardError, TarIndex, shard_state
 
 
-def read_samples(source: Path, image_root: Path) -> Dialect:
+def read_samples(source: Path, image_root: Path, fetched: Shards | None = None) -> Dialect:
     """The samples of the shards `source`, which must be among those of `image_root`; ValueError names shard and key.
 
     Captions are the lines of `key.txt` or, without one, what the json says; all other keys come from the json.
+    `fetched`: the shards of image_root where they are fetched; `source` then counts by its file names.
     """
-    shards = open_shards(source)
-    known = _resolved(image_root)
+    known = _known(image_root, fetched)
+    paths = shard_files(source).paths
     rows: Numbered = []
-    for index in shards.indexes:
-        name = known.get(index.path.resolve())
-        if name is None:
+    for path in paths:
+        name, index = known.get(Path(path.name) if fetched else path.resolve(), ("", None))
+        if index is None:
+            shard_state(path)
             raise ShardError(
-                f"{index.path} holds pictures, too, so it must be one of the shards of image_root {image_root}: set "
+                f"{path} holds pictures, too, so it must be one of the shards of image_root {image_root}: set "
                 "image_root to the folder of the shards, or to all of them"
             )
         rows += [(len(rows) + i, row) for i, row in enumerate(_samples(index, name), 1)]
     found = own_keys(source, rows)
     if not any(row["caption"] for _, row in found.rows):
         raise ShardError(f"{source}: no sample has a text (key.txt, or key.json with a caption) beside its picture")
-    note = f"{source}: {len(rows)} pictures in {len(shards.indexes)} shards, each with the captions beside it"
+    note = f"{source}: {len(rows)} pictures in {len(paths)} shards, each with the captions beside it"
     return Dialect(found.rows, [note, *found.notes])
 
 
-def _resolved(image_root: Path) -> dict[Path, str]:
-    """The shards of image_root and their names in it."""
+def _known(image_root: Path, fetched: Shards | None) -> dict[Path, tuple[str, TarIndex]]:
+    """The shards of image_root by their path, or by their file name: names and indexes."""
     try:
-        shards = open_shards(image_root)
+        shards = fetched or open_shards(image_root)
     except ShardError as error:
         raise ShardError(f"image_root {image_root}: {error}") from None
-    return {index.path.resolve(): name for index, name in zip(shards.indexes, shards.names, strict=True)}
+    return {
+        Path(name) if fetched else index.path.resolve(): (name, index)
+        for name, index in zip(shards.names, shards.indexes, strict=True)
+    }
 
 
 def _samples(index: TarIndex, shard: str) -> list[dict[str, Any]]:

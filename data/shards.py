@@ -8,10 +8,10 @@ import logging
 import os
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import accumulate, islice
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from utils import Progress, find_path
 logger = logging.getLogger(__name__)
 
 PACKED = re.compile(r"\.(tar\.\w+|t[gbxz]z2?|tzst)$", re.IGNORECASE)  # names of compressed tars
+FETCHES = 3  # of a shard that goes again before it is opened
 OPEN_FILES = 64  # shards that a process keeps open
 PICTURE = re.compile(r"\.(jpe?g|png|webp|bmp|gif|tiff?)$", re.IGNORECASE)
 
@@ -77,21 +78,36 @@ def _refuse_packed(path: Path) -> None:
 
 
 def expand(pattern: str) -> list[str]:
-    """`name-{000..099}.tar` as a shell expands it; several braces, and `{a,b}`, are possible."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if not match:
-        if "{" in pattern or "}" in pattern:
+    """`name-{000..099}.tar` as a shell expands it; several braces, `{a,b}`, and braces in braces are possible."""
+    start, depth, commas = pattern.find("{"), 0, []
+    if start < 0:
+        if "}" in pattern:
             raise ShardError(f"{pattern}: a brace without its partner: write name-{{000..099}}.tar")
         return [pattern]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
-    if span and int(span[1]) <= int(span[2]):
-        width = max(map(len, span.groups())) if any(len(end) > 1 and end[0] == "0" for end in span.groups()) else 0
-        parts = [f"{number:0{width}d}" for number in range(int(span[1]), int(span[2]) + 1)]
-    elif "," in match[1]:
-        parts = match[1].split(",")
+    for end in range(start, len(pattern)):
+        depth += {"{": 1, "}": -1}.get(pattern[end], 0)
+        if depth == 1 and pattern[end] == ",":
+            commas.append(end)
+        if depth == 0:
+            break
     else:
-        raise ShardError(f"{pattern}: {match[0]} is no range of shards: write {{000..099}}, or {{a,b,c}}")
-    return [path for part in parts for path in expand(pattern[: match.start()] + part + pattern[match.end() :])]
+        raise ShardError(f"{pattern}: a brace without its partner: write name-{{000..099}}.tar")
+    if commas:
+        cuts = [start, *commas, end]
+        parts = [part for one, other in pairwise(cuts) for part in expand(pattern[one + 1 : other])]
+    else:
+        parts = _range(pattern, pattern[start + 1 : end])
+    rest = expand(pattern[end + 1 :])
+    return [pattern[:start] + part + tail for part in parts for tail in rest]
+
+
+def _range(pattern: str, text: str) -> list[str]:
+    """'008..011' -> 008, 009, 010, 011."""
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", text)
+    if not span or int(span[1]) > int(span[2]):
+        raise ShardError(f"{pattern}: {{{text}}} is no range of shards: write {{000..099}}, or {{a,b,c}}")
+    width = max(map(len, span.groups())) if any(len(end) > 1 and end[0] == "0" for end in span.groups()) else 0
+    return [f"{number:0{width}d}" for number in range(int(span[1]), int(span[2]) + 1)]
 
 
 def open_shards(root: Path) -> "Shards":
@@ -139,8 +155,11 @@ class _Handle:
 class Shards:
     """Members by name. Reading is a call of its own (`pread`), so that forks and threads may share open files."""
 
-    def __init__(self, root: Path, names: list[str], indexes: list[TarIndex]) -> None:
-        self.root, self.names, self.indexes = root, names, indexes
+    def __init__(
+        self, root: Path, names: list[str], indexes: list[TarIndex], fetch: Callable[[int], None] | None = None
+    ) -> None:
+        """`fetch` brings a shard that is not there."""
+        self.root, self.names, self.indexes, self.fetch = root, names, indexes, fetch
         self.number = {name: i for i, name in enumerate(names)}
         self.starts = [0, *accumulate(len(index.names) for index in indexes)]  # first member of each shard
         hashes = np.concatenate([index.hashes for index in indexes])  # (M,)
@@ -218,7 +237,24 @@ class Shards:
             raise KeyError(name)
         return place
 
+    def shard_of(self, name: str) -> int:
+        """The number of the shard that a member is in; KeyError if there is none."""
+        number = self.number.get(f"{name.partition('.tar/')[0]}.tar")
+        return self._find(name)[0] if number is None else number
+
+    def _fetched(self, shard: int) -> _Handle:
+        """A shard that may have to be fetched first, and is not kept open: its room is free once it is deleted."""
+        assert self.fetch is not None
+        for _ in range(FETCHES):
+            try:
+                return _Handle(self.indexes[shard].path)
+            except FileNotFoundError:  # also one that another process has just deleted
+                self.fetch(shard)
+        return _Handle(self.indexes[shard].path)
+
     def _handle(self, shard: int) -> _Handle:
+        if self.fetch:
+            return self._fetched(shard)
         handle = self.handles.get(shard)
         if handle is None:
             handle = _Handle(self.indexes[shard].path)

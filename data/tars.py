@@ -117,6 +117,12 @@ def open_index(path: Path) -> tuple[TarIndex, str]:
     return _from_arrays(path, arrays), _write_index(path, arrays)
 
 
+def known_index(path: Path) -> TarIndex | None:
+    """The index beside a shard's name, whether or not the shard is there; None without one."""
+    stored = _read_index(path)
+    return _from_arrays(path, stored) if stored else None
+
+
 def shard_state(path: Path) -> os.stat_result:
     """What the file system says of a shard; ShardError when there is no such file."""
     try:

@@ -20,7 +20,7 @@ from checkpoints.weights import TWINS, weights_sha256
 from configs.schema import RetrievalConfig
 from data.annotations import Annotations
 from data.rows import row_files
-from data.tars import open_index
+from data.tars import known_index, open_index
 from models.blip_retrieval import BLIP_Retrieval
 from utils import code_version, get_world_size
 
@@ -90,7 +90,8 @@ def files_sha256(sources: Sequence[Path]) -> str:
     hashes = []
     for path in files:
         if path.suffix.lower() == ".tar":
-            hashes.append(open_index(path)[0].digest().hex())
+            index = open_index(path)[0] if path.exists() else known_index(path)  # None: not there
+            hashes.append(index.digest().hex() if index else "")
             continue
         with open(path, "rb") as file:
             hashes.append(hashlib.file_digest(file, "sha256").hexdigest())

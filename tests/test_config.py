@@ -19,7 +19,7 @@ BLIP_KEYS = """image_root ann_root dataset pretrained vit batch_size_train batch
 OWN_KEYS = """finetuned med_config train_file val_file test_file patch_size pos_embed_std embed_dim momentum
     global_batch_size ranks_emulated warmup_steps temp_lr_scale augment num_workers precision eval_precision
     rerank_tokens keep_graphs compile save_every_steps keep_last on_bad_sample grey_bits flatten_alpha cache_dir
-    patience eval_before log_every tensorboard""".split()
+    patience eval_before log_every tensorboard fetch cache_gb""".split()
 
 
 def write(folder: Path, text: str) -> Path:

@@ -103,7 +103,8 @@ def test_patterns_expand_as_in_a_shell():
     assert expand("a/x-{008..011}.tar") == [f"a/x-{i:03d}.tar" for i in range(8, 12)]
     assert expand("x{8..10}.tar") == ["x8.tar", "x9.tar", "x10.tar"]
     assert expand("{a,b}/{0..1}.tar") == ["a/0.tar", "a/1.tar", "b/0.tar", "b/1.tar"]
-    for wrong in ("x{3..1}.tar", "x{0...9}.tar", "x{1.tar", "x{}.tar"):
+    assert expand("s/{a-{8..9},b,c{x,y}}.tar") == [f"s/{name}.tar" for name in ("a-8", "a-9", "b", "cx", "cy")]
+    for wrong in ("x{3..1}.tar", "x{0...9}.tar", "x{1.tar", "x{}.tar", "x1}.tar", "x{a,{b}.tar"):
         with pytest.raises(ShardError, match="write"):
             expand(wrong)
 

@@ -19,6 +19,7 @@ from configs.schema import RetrievalConfig
 from data.annotations import Annotations, available_splits, load_annotations
 from data.checks import check_data
 from data.findings import Findings
+from data.windows import window_warnings
 from models.blip_retrieval import BLIP_Retrieval, build_model
 from training.recipe import check_disk, check_recipe, require_negatives
 from utils import is_main
@@ -67,6 +68,7 @@ def preflight(cfg: RetrievalConfig, args: argparse.Namespace) -> tuple[Job, Find
             f"--output_dir {job.folder} already holds a run: continue it with --resume auto, or name another folder."
         )
     if "train" in job.splits:
+        found.attempt(lambda: found.warnings.extend(window_warnings(cfg, job.splits["train"], args.seed)))
         recipe = check_recipe(cfg, job.splits["train"])
         found.add(recipe)
         if not recipe.errors:
