@@ -157,7 +157,7 @@ class ImageStore:
     def entries(self, most: int = 200_000) -> Iterator[str]:
         """Paths of files that are there, relative to the root; at most `most`."""
         if self.shards:
-            yield from self.shards.names_of_members(most)
+            yield from (name for name, _, _ in islice(self.shards.listing(), most))
             return
         if self.is_zip:
             yield from islice((name for name in self.archive.NameToInfo if not name.endswith("/")), most)
@@ -169,9 +169,8 @@ class ImageStore:
 def open_store(cfg: RetrievalConfig) -> ImageStore:
     """The images of the config's data set; drawn ones lie beside their annotations, wherever image_root points."""
     root = find_path(cfg.ann_root) / ARCHIVE if DATASETS[cfg.dataset].drawn else cfg.image_root
-    return ImageStore(
-        root, PixelRule(cfg.grey_bits, cfg.flatten_alpha), shards=open_cache(cfg).shards if cfg.fetch else None
-    )
+    shards = open_cache(cfg).shards if cfg.fetch else None
+    return ImageStore(root, PixelRule(cfg.grey_bits, cfg.flatten_alpha), shards=shards)
 
 
 def missing_message(store: ImageStore, names: Sequence[str], folder: str = "", source: str = "") -> str:

@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,22 +35,14 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
     the other, so len(local_ranks) * b pairs. The length is that of a whole epoch in steps, whatever start_step is.
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        global_batch: int,
-        ranks: int,
-        local_ranks: range,
-        seed: int,
-        windows: Windows | None = None,
-    ) -> None:
+    def __init__(self, num_samples: int, global_batch: int, ranks: int, local_ranks: range, seed: int) -> None:
         assert global_batch % ranks == 0 and 0 <= min(local_ranks) <= max(local_ranks) < ranks
         self.num_samples, self.ranks, self.local_ranks, self.seed = num_samples, ranks, local_ranks, seed
         self.rank_batch = global_batch // ranks
         self.rank_samples = -(-num_samples // ranks)  # the first samples come again, so that no rank gets fewer
         self.epoch, self.start_step = 0, 0
-        self.windows = windows
-        self.follower: Callable[[int, int, int], None] = never_follow
+        self.windows: Windows | None = None
+        self.follower: Follower | None = None  # told of each step before it is read
         if len(self) == 0:
             raise ValueError(
                 f"{num_samples} training captions do not fill one global batch of {global_batch}: "
@@ -75,12 +67,9 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         local = by_rank[self.local_ranks.start : self.local_ranks.stop]
         batch = b * self.ranks
         for step in range(self.start_step, len(self)):
-            self.follower(epoch, step * batch, (step + 1) * batch)
+            if self.follower:
+                self.follower(epoch, step * batch, (step + 1) * batch)
             yield [(epoch, index) for index in local[:, step * b : (step + 1) * b].flatten().tolist()]
-
-
-def never_follow(epoch: int, first: int, last: int) -> None:
-    """The follower of shards that are all there."""
 
 
 class Loader(DataLoader):
@@ -155,8 +144,9 @@ def recipe_sampler(
     """The batches of `process`, which plays an equal share of the ranks that the config emulates."""
     local = cfg.ranks_emulated // processes
     ranks = range(process * local, (process + 1) * local)
-    sizes = len(table.captions), cfg.global_batch_size, cfg.ranks_emulated
-    return GlobalBatchSampler(*sizes, ranks, seed, windows_of(cfg, table))
+    sampler = GlobalBatchSampler(len(table.captions), cfg.global_batch_size, cfg.ranks_emulated, ranks, seed)
+    sampler.windows = windows_of(cfg, table)
+    return sampler
 
 
 def train_loader(

@@ -11,7 +11,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -226,10 +226,6 @@ class Shards:
         for shard, index in zip(self.names, self.indexes, strict=True):
             for name, size in zip(index.names, index.sizes.tolist(), strict=True):
                 yield f"{shard}/{name}" if len(self.names) > 1 else name, size, index.mtime_ns
-
-    def names_of_members(self, most: int) -> Iterator[str]:
-        """Names of members, at most `most`."""
-        return (name for name, _, _ in islice(self.listing(), most))
 
     def _find(self, name: str) -> tuple[int, int]:
         place = self.find(name)

@@ -55,6 +55,3 @@ class Texts(Sequence[str]):
         if isinstance(other, list):
             return len(self) == len(other) and all(mine == theirs for mine, theirs in zip(self, other, strict=True))
         return NotImplemented
-
-    def __repr__(self) -> str:
-        return f"Texts({self[:3]}{' ...' if len(self) > 3 else ''})"

@@ -51,15 +51,12 @@ class Windows:
             windows[-1].append(shard)
         return windows
 
-    def samples(self, window: Sequence[int]) -> np.ndarray:
-        """The samples of some shards, ascending."""
-        return np.sort(np.concatenate([self._by_shard[self._starts[s] : self._starts[s + 1]] for s in window]))
-
     def order(self, seed: int, epoch: int) -> Tensor:
         """(M,) every sample once, window after window."""
         generator, parts = torch.Generator().manual_seed(seed + epoch), []
         for window in self.of_epoch(seed, epoch):
-            samples = torch.from_numpy(self.samples(window))
+            of_shards = [self._by_shard[self._starts[shard] : self._starts[shard + 1]] for shard in window]
+            samples = torch.from_numpy(np.sort(np.concatenate(of_shards)))
             parts.append(samples[torch.randperm(len(samples), generator=generator)])
         return torch.cat(parts)
 

@@ -128,7 +128,8 @@ def test_one_window_has_the_order_of_the_unpacked_folder():
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_processes_share_the_windows_as_one_process_has_them(processes):
     def steps(ranks: range) -> list:
-        part = GlobalBatchSampler(23, 4, 4, ranks, 1, windows(50))
+        part = GlobalBatchSampler(23, 4, 4, ranks, 1)
+        part.windows = windows(50)
         part.set_epoch(2, 1)
         return list(part)
 
