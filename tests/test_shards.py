@@ -29,7 +29,7 @@ from data.rows import read_rows
 from data.shards import Shards, expand, is_shards, open_shards
 from data.tars import INDEX, ShardError, open_index
 from data.texts import Texts
-from retrieval.indexing import listing
+from retrieval.indexing import listing, make_plan
 from retrieval.provenance import files_sha256
 from tests.test_resume import assert_equal_outcomes, outcome, sabotaged, straight
 from tests.test_train import lines, run
@@ -90,6 +90,17 @@ def test_members_are_those_of_tarfile(tmp_path, kind):
     assert store.missing(["a.png", "x.tar/sub/b.png", "b.png", "y.tar/a.png"]) == ["b.png", "y.tar/a.png"]
     assert "there is 'sub/b.png' for 'b.png'" in missing_message(store, ["b.png"])
     assert dict.fromkeys(os.fsdecode(name) for name in listing(store)).keys() == set(shards.indexes[0].names)
+
+
+def test_an_index_of_search_knows_the_pictures_of_shards(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"{i}.png").write_bytes(png(i))
+    pack_folder(tmp_path / "x.tar", folder)
+    plans = [make_plan(ImageStore(root), {}) for root in (folder, tmp_path / "x.tar")]
+    digests = [{entry.path: (entry.digest, entry.size) for same in plan.encode for entry in same} for plan in plans]
+    assert digests[0] == digests[1] and len(digests[0]) == 3
 
 
 def test_links_are_followed_and_what_macos_adds_is_not_a_member(tmp_path):
