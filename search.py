@@ -115,8 +115,8 @@ def make_index(args: argparse.Namespace) -> None:
     from utils import barrier, init_distributed, is_main
 
     device = init_distributed(args.device)
-    if not (args.source.is_dir() or (args.source.is_file() and args.source.suffix.lower() == ".zip")):
-        raise ValueError(f"{args.source}: there is no such folder, and it is no .zip either.")
+    if not (args.source.is_dir() or (args.source.is_file() and args.source.suffix.lower() in (".zip", ".tar"))):
+        raise ValueError(f"{args.source}: there is no such folder, and it is no .zip or .tar either.")
     if is_main() and not (args.index / HEAD).exists():
         listing(ImageStore(args.source))  # there are pictures: nothing is made before that is known
     store = f"milvus:{milvus_place(args.store)}" if args.store else ""

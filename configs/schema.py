@@ -7,6 +7,7 @@ unchanged. What cannot work, in a file or in `--set`, is a `ValueError` that nam
 import difflib
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -60,7 +61,9 @@ class RetrievalConfig:
 
     # --- data
     dataset: str = knob(MISSING, "what to train and evaluate on", choices=DATASETS)
-    image_root: str = knob("", "folder or .zip that the annotations' image paths are relative to")
+    image_root: str = knob("", "folder, .zip, .tar, or shards name-{000..099}.tar, that image paths are relative to")
+    fetch: str = knob("", "command that brings one shard of image_root: 'aws s3 cp {source} {target}'")
+    cache_gb: float = knob(0.0, "with fetch: gigabytes of shards under cache_dir at a time", 0)
     ann_root: str = knob("annotation", "folder of the annotation files")
     train_file: str | list = knob("", "custom only: training annotations under ann_root; a list = one set of several")
     val_file: str | list = knob("", "custom only: validation annotations, evaluated after each epoch")
@@ -80,7 +83,7 @@ class RetrievalConfig:
     image_tower: str = knob("", "ViT to start from instead of `pretrained`: file, folder or timm:NAME")
     text_tower: str = knob("", "BERT to start from: a Hugging Face folder, or a file in one")
     finetuned: str = knob("", "checkpoint that --evaluate loads; '' = `pretrained`, as with BLIP's own YAML files")
-    cache_dir: str = knob("", "folder for downloaded checkpoints; '' = that of torch.hub")
+    cache_dir: str = knob("", "folder for downloaded checkpoints and fetched shards; '' = that of torch.hub")
     vit: str = knob("base", "size of the image encoder; auto: as in the weights", choices=(*VIT_SIZES, AUTO))
     patch_size: int = knob(16, "side of an image patch in pixels; released checkpoints have 16", 1)
     image_size: int = knob(384, "side of the square input image in pixels, a multiple of patch_size", 1)
@@ -197,6 +200,7 @@ def _contradictions(cfg: RetrievalConfig) -> list[tuple[Any, str]]:
     """Knobs that contradict each other, as a table of (is it wrong, what to do)."""
     towers = [key for key in ("image_tower", "text_tower") if getattr(cfg, key)]
     own_files = [key for key in ("train_file", "val_file", "test_file") if getattr(cfg, key)]
+    lacking = [word for word in ("{source}", "{target}") if word not in cfg.fetch]
     has_files = bool(DATASETS[cfg.dataset].files)
     return [
         (
@@ -241,6 +245,18 @@ def _contradictions(cfg: RetrievalConfig) -> list[tuple[Any, str]]:
         (
             isinstance(cfg.keep_graphs, str) and cfg.keep_graphs != "auto",
             f"keep_graphs must be 'auto' or a whole number, got {cfg.keep_graphs!r}",
+        ),
+        (
+            cfg.fetch and lacking,
+            f"fetch {cfg.fetch!r} lacks {' and '.join(lacking)}: write the command that copies one to the other",
+        ),
+        (
+            bool(cfg.fetch) != bool(cfg.cache_gb),
+            "fetch and cache_gb go together: set both, or neither",
+        ),
+        (
+            cfg.fetch and not cfg.image_root.endswith(".tar"),
+            f"fetch brings shards, but image_root {cfg.image_root!r} names none: write ADDRESS/name-{{000..099}}.tar",
         ),
         (
             not has_files and not own_files,
@@ -396,6 +412,9 @@ def _read_overrides(overrides: Mapping[str, Any] | Sequence[str]) -> dict[str, A
         for text in overrides:
             if "=" not in text:
                 raise ValueError(f"--set {text}: write --set key=value")
+        key, count = Counter(text.partition("=")[0] for text in overrides).most_common(1)[0] if overrides else ("", 1)
+        if count > 1 and any(text.endswith(".tar") for text in overrides):
+            raise ValueError(f"--set {key} is given {count} times: put quotation marks around braces, for the shell")
         overrides = dict(text.split("=", 1) for text in overrides)
     changes = {}
     for key, value in overrides.items():

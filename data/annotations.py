@@ -6,6 +6,7 @@ equal. N images, M captions.
 """
 
 import logging
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +16,11 @@ import numpy as np
 from checkpoints.download import fetch_to
 from configs.datasets import ANNOTATIONS_URL, DATASETS, SPLITS
 from configs.schema import RetrievalConfig
+from data.cache import open_cache
 from data.rows import Row, RowFile, read_rows
 from data.scenes import ensure_scenes
+from data.shards import is_shards
+from data.texts import Texts
 from transform.text import CaptionTokenizer, blip_tokenizer
 from utils import find_path
 
@@ -38,13 +42,13 @@ class Annotations:
 
     name: str
     files: list[Path]
-    images: list[str]  # unique paths relative to image_root, N
+    images: Sequence[str]  # unique paths relative to image_root, N
     image_ids: np.ndarray  # (N,) int64, numbered in order of first appearance, as BLIP does
-    captions: list[str]  # cleaned, in the order of the files, M
+    captions: Sequence[str]  # cleaned, in the order of the files, M
     caption_image: np.ndarray  # (M,) int64, index into images, or NO_IMAGE
     cut: int = 0  # captions that lost the words after the first `max_words`
     notes: list[str] = field(default_factory=list)  # how the files were read, what was left out
-    id_names: list[str] = field(default_factory=list)  # the files' own image_id of each image, '' without one, N
+    id_names: Sequence[str] = ()  # the files' own image_id of each image, '' without one, N
     sentids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # (M,) COCO's ids of captions; or none
     tokenizer: CaptionTokenizer = field(default_factory=blip_tokenizer)  # whose rules have cleaned the captions
 
@@ -114,14 +118,14 @@ def build_annotations(
     first_row: list[Row] = []
     groups, numbers = _joined_groups(rows), dict[tuple, int]()
     stated: dict[tuple[Path, str], Row] = {}
-    image_ids, captions, caption_image, sentids, cut = [], [], [], [], 0
+    image_ids, captions, caption_image, sentids, cut = array("q"), Texts(), array("q"), array("q"), 0
     left_out: list[str] = []
     for row in rows:
         texts, empty = _clean(row, tokenizer)
         if wrong := _what_is_wrong(row, empty, distractors):
             if not skip:
-                raise ValueError(f"{row.file}, row {row.number}: {wrong}")
-            left_out += [f"row {row.number}"] * (len(empty) or 1)
+                raise ValueError(f"{row.place}: {wrong}")
+            left_out += [row.place.partition(", ")[2]] * (len(empty) or 1)
             if not distractors and not (row.image and texts):
                 continue
         _require_one_id(stated.setdefault((row.file, row.image), row), row)
@@ -141,8 +145,8 @@ def build_annotations(
             f"{left_out[0]} (on_bad_sample skip)"
         )
     table = Annotations(
-        name, list(dict.fromkeys(row.file for row in rows)), list(images), np.array(image_ids, np.int64), captions,
-        np.array(caption_image, np.int64), cut, notes, [row.image_id or "" for row in first_row],
+        name, list(dict.fromkeys(row.file for row in rows)), Texts(images), np.array(image_ids, np.int64), captions,
+        np.array(caption_image, np.int64), cut, notes, Texts(row.image_id or "" for row in first_row),
         np.array(sentids, np.int64), tokenizer,
     )  # fmt: skip
     if not table.images or not captions or not (table.caption_image != NO_IMAGE).any():
@@ -169,7 +173,7 @@ def _require_one_id(before: Row, row: Row) -> None:
     """ValueError when two rows of one file give an image different ids."""
     if row.image and before.group != row.group:
         raise ValueError(
-            f"{row.file}, row {row.number}: image {row.image} has image_id {row.image_id!r} here and "
+            f"{row.place}: image {row.image} has image_id {row.image_id!r} here and "
             f"{before.image_id!r} in row {before.number}: give an image one image_id"
         )
 
@@ -254,7 +258,11 @@ def _read_set(cfg: RetrievalConfig, names: str | list[str]) -> RowFile:
     rows: list[Row] = []
     notes: list[str] = []
     for name in [names] if isinstance(names, str) else names:
-        found = read_rows(find_path(find_path(cfg.ann_root) / name), find_path(cfg.image_root))
+        fetched = open_cache(cfg) if cfg.fetch else None
+        file = find_path(find_path(cfg.ann_root) / name)
+        if fetched and is_shards(file):
+            file = fetched.folder / Path(name).name
+        found = read_rows(file, find_path(cfg.image_root), fetched.shards if fetched else None)
         rows += found.rows
         notes += found.notes
     return RowFile(rows, notes)

@@ -40,7 +40,7 @@ def check_images(
     """Decode some images, or all of them, which gives a histogram of sizes and digests of the pixels by name."""
     if errors := missing_images(store, table, sources):
         return Findings(errors=errors), {}
-    names = table.images if full else spread(table.images, QUICK_IMAGES)
+    names = table.images if full else spread(at_hand(store, table), QUICK_IMAGES)
     looks = look_at(store, names, f"{table.name}: images decoded")
     found, whole = Findings(), len(names) == len(table.images)
     bad = {name: seen.error for name, seen in looks.items() if seen.error}
@@ -57,6 +57,14 @@ def check_images(
             f"{table.name}: images by their shorter side in pixels: {histogram(looks.values())}",
         ]
     return found, {name: seen.pixels for name, seen in looks.items() if full and not seen.error}
+
+
+def at_hand(store: ImageStore, table: Annotations) -> Sequence[str]:
+    """The images; of shards that are fetched, those of one shard, as looking at more would fetch them all."""
+    if not (store.shards and store.shards.fetch):
+        return table.images
+    first = store.shards.shard_of(table.images[0])
+    return [name for name in table.images if store.shards.shard_of(name) == first]
 
 
 def missing_images(store: ImageStore, table: Annotations, sources: Mapping[str, str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Pictures by name, out of a folder or a .zip: the same RGB pixels as BLIP's `Image.open(path).convert('RGB')`.
+"""Pictures by name, out of a folder, a .zip or shards: the same RGB pixels as BLIP's `Image.open(path).convert('RGB')`.
 
 Where that line crashes or gives nonsense (16-bit greyscale, floats, bombs, truncated files): `transform.image.to_rgb`
 and `ImageStore.load`.
@@ -20,7 +20,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from configs.datasets import DATASETS
 from configs.schema import RetrievalConfig
+from data.cache import open_cache
 from data.scenes import ARCHIVE
+from data.shards import Shards, is_shards, open_shards
+from data.tars import ShardError
 from transform.image import AS_BLIP, PixelRule, to_rgb
 from utils import find_path
 
@@ -31,18 +34,26 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # Im
 
 
 class ImageStore:
-    """Images under `image_root`, a folder or a .zip archive; it can be sent to, or inherited by, worker processes."""
+    """Images under `image_root`: a folder, a .zip or a set of shards; worker processes may inherit it or be sent it."""
 
-    def __init__(self, root: str | os.PathLike, rule: PixelRule = AS_BLIP, upright: bool = False) -> None:
-        """`upright`: apply the orientation in EXIF, which evaluation does not, as BLIP does not."""
+    def __init__(
+        self, root: str | os.PathLike, rule: PixelRule = AS_BLIP, upright: bool = False, shards: Shards | None = None
+    ) -> None:
+        """`upright`: apply the orientation in EXIF, which evaluation does not, as BLIP does not.
+
+        `shards`: those of `root` where they are fetched.
+        """
         if not os.fspath(root):
-            raise ValueError("image_root is empty: set it to the folder, or the .zip, that holds the images")
+            raise ValueError("image_root is empty: set it to the folder, the .zip or the .tar that holds the images")
         self.root, self.rule, self.upright = find_path(root), rule, upright
         self.is_zip = self.root.suffix.lower() == ".zip"
         self._zip: zipfile.ZipFile | None = None
         self._zip_pid = 0
+        self.shards = shards or (open_shards(self.root) if is_shards(self.root) else None)
+        if self.shards:
+            return
         if not (self.root.is_file() if self.is_zip else self.root.is_dir()):
-            kind = "not an archive" if self.is_zip else "neither a folder nor a .zip"
+            kind = "not an archive" if self.is_zip else "neither a folder nor a .zip nor a .tar"
             raise ValueError(
                 f"image_root {self.root} is {kind}: set image_root in the config to where the images are "
                 "(a relative path is looked up from the working directory, then from the repository)"
@@ -89,7 +100,7 @@ class ImageStore:
             raise ValueError(
                 f"image {name} in {self.root} is too large to be decoded safely ({error}): scale it down"
             ) from None
-        except MemoryError:
+        except (MemoryError, ShardError):
             raise
         except Exception as error:  # a broken file can raise nearly anything in Pillow's decoders
             if isinstance(error, OSError) and error.errno in NOT_THE_FILE:
@@ -101,22 +112,27 @@ class ImageStore:
             ) from error
 
     def open_file(self, name: str) -> IO[bytes]:
-        """The file called `name`, as it is; KeyError or OSError when it cannot be opened."""
+        """The file called `name`, as it is; KeyError, OSError or ShardError when it cannot be opened."""
+        if self.shards:
+            return io.BytesIO(self.shards.read(name))
         name = self._spelt(name)
         return self.archive.open(name) if self.is_zip else open(self.root / name, "rb")
 
     def _open(self, name: str) -> io.BytesIO | Path:
-        name = self._spelt(name)
-        if not self.is_zip:
+        if not self.shards:
+            name = self._spelt(name)
+        if not self.shards and not self.is_zip:
             return self.root / name
-        size = self.archive.getinfo(name).file_size
+        size = self.shards.size(name) if self.shards else self.archive.getinfo(name).file_size
         if size > MAX_BYTES:
             raise Image.DecompressionBombError(f"it unpacks to {size} bytes, {MAX_BYTES} at most")
-        return io.BytesIO(self.archive.read(name))
+        return io.BytesIO(self.shards.read(name) if self.shards else self.archive.read(name))
 
     def missing(self, names: Iterable[str]) -> list[str]:
         """Those of `names` that are not there, in their order; each folder is listed only once."""
         names = list(names)
+        if self.shards:
+            return [name for name in names if name not in self.shards]
         if self.is_zip:
             return [name for name in names if self._spelt(name) not in self.archive.NameToInfo]
         by_folder: dict[str, set[str]] = defaultdict(set)
@@ -140,6 +156,9 @@ class ImageStore:
 
     def entries(self, most: int = 200_000) -> Iterator[str]:
         """Paths of files that are there, relative to the root; at most `most`."""
+        if self.shards:
+            yield from (name for name, _, _ in islice(self.shards.listing(), most))
+            return
         if self.is_zip:
             yield from islice((name for name in self.archive.NameToInfo if not name.endswith("/")), most)
             return
@@ -150,7 +169,8 @@ class ImageStore:
 def open_store(cfg: RetrievalConfig) -> ImageStore:
     """The images of the config's data set; drawn ones lie beside their annotations, wherever image_root points."""
     root = find_path(cfg.ann_root) / ARCHIVE if DATASETS[cfg.dataset].drawn else cfg.image_root
-    return ImageStore(root, PixelRule(cfg.grey_bits, cfg.flatten_alpha))
+    shards = open_cache(cfg).shards if cfg.fetch else None
+    return ImageStore(root, PixelRule(cfg.grey_bits, cfg.flatten_alpha), shards=shards)
 
 
 def missing_message(store: ImageStore, names: Sequence[str], folder: str = "", source: str = "") -> str:
@@ -164,7 +184,7 @@ def missing_message(store: ImageStore, names: Sequence[str], folder: str = "", s
     remedy = explain_missing(store, missing)
     if not remedy:
         same = "make the paths inside the archive equal those in the annotations"
-        remedy = same if store.is_zip else "set image_root so that image_root/path exists"
+        remedy = same if store.is_zip or store.shards else "set image_root so that image_root/path exists"
         if len(missing) < len(names) and not source:
             remedy = "add them, or remove their rows from the annotations"
         remedy = f"{source}, or {remedy}" if source else remedy
@@ -218,12 +238,12 @@ LIKENESS: dict[str, Callable[[str], str]] = {
 def _remedy(store: ImageStore, kind: str, name: str, entry: str) -> str:
     if kind == "folder" and entry.endswith(f"/{name}"):
         prefix = entry.removesuffix(name)
-        if store.is_zip:
+        if store.is_zip or store.shards:
             return f"pack the archive again without the leading {prefix}"
         return f"set image_root to {store.root / prefix}"
     if kind == "folder" and name.endswith(f"/{entry}"):
         prefix = name.removesuffix(entry)
-        if not store.is_zip and f"{store.root.resolve()}/".endswith(f"/{prefix}"):
+        if not (store.is_zip or store.shards) and f"{store.root.resolve()}/".endswith(f"/{prefix}"):
             return f"set image_root to {store.root.resolve().parents[prefix.count('/') - 1]}"
         return f"remove the leading {prefix} from the paths in the annotations"
     return {

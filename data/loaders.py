@@ -17,8 +17,10 @@ from torch.utils.data import DataLoader, Sampler, Subset
 
 from configs.schema import RetrievalConfig
 from data.annotations import Annotations
+from data.cache import open_cache
 from data.images import open_store
 from data.retrieval import EvalImages, RetrievalTrain, collate_train
+from data.windows import Follower, Windows, windows_of
 from transform.image import MEAN, STD, eval_transform, train_transform
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,8 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         self.rank_batch = global_batch // ranks
         self.rank_samples = -(-num_samples // ranks)  # the first samples come again, so that no rank gets fewer
         self.epoch, self.start_step = 0, 0
+        self.windows: Windows | None = None
+        self.follower: Follower | None = None  # told of each step before it is read
         if len(self) == 0:
             raise ValueError(
                 f"{num_samples} training captions do not fill one global batch of {global_batch}: "
@@ -55,11 +59,17 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, b = self.epoch, self.rank_batch
-        order = torch.randperm(self.num_samples, generator=torch.Generator().manual_seed(self.seed + epoch))
+        if self.windows:
+            order = self.windows.order(self.seed, epoch)
+        else:
+            order = torch.randperm(self.num_samples, generator=torch.Generator().manual_seed(self.seed + epoch))
         order = order.repeat(-(-self.rank_samples * self.ranks // self.num_samples))[: self.rank_samples * self.ranks]
         by_rank = order.view(self.rank_samples, self.ranks).T  # (ranks, samples of a rank)
         local = by_rank[self.local_ranks.start : self.local_ranks.stop]
+        batch = b * self.ranks
         for step in range(self.start_step, len(self)):
+            if self.follower:
+                self.follower(epoch, step * batch, (step + 1) * batch)
             yield [(epoch, index) for index in local[:, step * b : (step + 1) * b].flatten().tolist()]
 
 
@@ -130,12 +140,14 @@ def _common(workers: int, device: torch.device) -> dict[str, Any]:
 
 
 def recipe_sampler(
-    cfg: RetrievalConfig, num_samples: int, seed: int, processes: int = 1, process: int = 0
+    cfg: RetrievalConfig, table: Annotations, seed: int, processes: int = 1, process: int = 0
 ) -> GlobalBatchSampler:
     """The batches of `process`, which plays an equal share of the ranks that the config emulates."""
     local = cfg.ranks_emulated // processes
     ranks = range(process * local, (process + 1) * local)
-    return GlobalBatchSampler(num_samples, cfg.global_batch_size, cfg.ranks_emulated, ranks, seed)
+    sampler = GlobalBatchSampler(len(table.captions), cfg.global_batch_size, cfg.ranks_emulated, ranks, seed)
+    sampler.windows = windows_of(cfg, table)
+    return sampler
 
 
 def normalisation(cfg: RetrievalConfig) -> tuple[Sequence[float], Sequence[float]]:
@@ -150,6 +162,8 @@ def train_loader(
     build = train_transform if cfg.augment else eval_transform
     transform = build(cfg.image_size, *normalisation(cfg))
     skip = cfg.on_bad_sample == "skip"
+    if sampler.windows:
+        sampler.follower = Follower(open_cache(cfg), sampler.windows, sampler.seed)
     return Loader(
         RetrievalTrain(annotations, open_store(cfg), transform, sampler.seed, skip),
         batch_sampler=sampler,

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from data.dialects import METADATA, read_dialect, read_folder, read_text
 from data.keys import did_you_mean, same_file
+from data.samples import read_samples
+from data.shards import Shards, is_shards, shard_files
 
 SPLIT_NAMES = {  # what files call a split, in lower case
     "train": "train", "training": "train", "restval": "train",
@@ -30,6 +32,11 @@ class Row(NamedTuple):
     sentids: list[int] = []  # COCO's id of each caption, where the file has them
 
     @property
+    def place(self) -> str:
+        """Where the row stands, for a message."""
+        return place(self.file, self.number, self.image)
+
+    @property
     def group(self) -> tuple:
         """What makes images one: the image_id within its file or, without one, the path."""
         if self.image_id is not None:
@@ -44,26 +51,38 @@ class RowFile(NamedTuple):
     notes: list[str]
 
 
-def read_rows(file: Path, image_root: Path = Path()) -> RowFile:
-    """The checked rows of a file or folder in any known dialect; ValueError names file, row and key.
+def read_rows(file: Path, image_root: Path = Path(), fetched: Shards | None = None) -> RowFile:
+    """The checked rows of a file, folder or set of shards in any known dialect; ValueError names file, row and key.
 
-    `image_root`: what paths found in a folder are relative to.
+    `image_root`: what paths found in a folder are relative to; the shards that those of annotations are among, which
+    are `fetched` if they are not on the disk.
     """
     inside = [file / name for name in METADATA if (file / name).is_file()]
     if inside:
         file = inside[0]
-    found = read_folder(file, image_root) if file.is_dir() else read_dialect(file, read_text(file))
+    if is_shards(file):
+        found = read_samples(file, image_root, fetched)
+    else:
+        found = read_folder(file, image_root) if file.is_dir() else read_dialect(file, read_text(file))
     rows = [_check_row(file, number, row) for number, row in found.rows]
     if not rows:
         raise ValueError(f"{file} has no rows: it needs at least one, with the keys image and caption")
     without = next((row for row in rows if row.split is None), None)
     if without and any(row.split for row in rows):
-        raise ValueError(f"{file}, row {without.number} has no 'split', other rows have one: give every row its split")
+        raise ValueError(f"{without.place} has no 'split', other rows have one: give every row its split")
     return RowFile(rows, found.notes)
 
 
+def place(file: Path, number: int, image: object) -> str:
+    """'train.json, row 3'; of shards, whose rows nobody has numbered, 'train-{0..9}.tar, sample train-3.tar/17.jpg'."""
+    return f"{file}, sample {image}" if is_shards(file) else f"{file}, row {number}"
+
+
 def row_files(path: Path) -> Iterator[Path]:
-    """The files that a file or folder of annotations consists of, in a fixed order."""
+    """The files that a file, a folder or a set of shards with annotations consists of, in a fixed order."""
+    if is_shards(path):
+        yield from shard_files(path).paths
+        return
     inside = [path / name for name in METADATA if (path / name).is_file()]
     if not path.is_dir() or inside:
         yield inside[0] if inside else path
@@ -75,7 +94,7 @@ def _check_row(file: Path, number: int, row: Any) -> Row:
     """A row whose keys and types are right, with a path that stays under image_root."""
 
     def wrong(what: str) -> ValueError:
-        return ValueError(f"{file}, row {number} {what}")
+        return ValueError(f"{place(file, number, row.get('image') if isinstance(row, dict) else '')} {what}")
 
     if not isinstance(row, dict):
         raise wrong(f"is {_kind(row)}, not an object with the keys image and caption")

@@ -39,7 +39,7 @@ class Head:
 
     checkpoint: str
     weights_sha256: str
-    root: str  # folder or .zip of the pictures, absolute
+    root: str  # folder, .zip or .tar of the pictures, absolute
     embed_dim: int
     tokens: tuple[int, int]  # T, V
     keep_tokens: bool = False

@@ -70,7 +70,11 @@ def update_index(index: IndexFolder, blip: Blip, verify: bool = False, poll: Cal
 def listing(store: ImageStore) -> dict[bytes, tuple[int, int]]:
     """Size and time of every picture by its path; ValueError when there is none."""
     found: dict[bytes, tuple[int, int]] = {}
-    if store.is_zip:
+    if store.shards:
+        for member, size, time_ns in store.shards.listing():
+            if os.fsencode(member).lower().endswith(PICTURES):
+                found[os.fsencode(member)] = size, time_ns
+    elif store.is_zip:
         for info in store.archive.infolist():
             path = os.fsencode(info.filename)
             if path.lower().endswith(PICTURES):

@@ -20,6 +20,7 @@ from checkpoints.weights import TWINS, weights_sha256
 from configs.schema import RetrievalConfig
 from data.annotations import Annotations
 from data.rows import row_files
+from data.tars import known_index, open_index
 from models.blip_retrieval import BLIP_Retrieval
 from utils import code_version, get_world_size
 
@@ -81,10 +82,17 @@ class Provenance:
 
 
 def files_sha256(sources: Sequence[Path]) -> str:
-    """The SHA-256 of one annotation file; of several, or of a folder, that of their hashes, a line each."""
+    """The SHA-256 of one annotation file; of several, or of a folder, that of their hashes, a line each.
+
+    A shard counts by its texts and the names and sizes of its pictures.
+    """
     files = [file for source in sources for file in row_files(source)]
     hashes = []
     for path in files:
+        if path.suffix.lower() == ".tar":
+            index = open_index(path)[0] if path.exists() else known_index(path)  # None: not there
+            hashes.append(index.digest().hex() if index else "")
+            continue
         with open(path, "rb") as file:
             hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()

@@ -109,7 +109,8 @@ def keep(ranking: Ranking, table: Annotations, split: str) -> Rankings:
         order(itc.t2i, itc.t2i_value, text_ids, ids),
         np.isin(text_ids, ids),
     )
-    return Rankings(split, table.images, ids, table.captions, table.caption_image, text_ids, txt, img, itm.i2t.shape[1])
+    images, captions = list(table.images), list(table.captions)
+    return Rankings(split, images, ids, captions, table.caption_image, text_ids, txt, img, itm.i2t.shape[1])
 
 
 def best_first(candidates: np.ndarray, scores: np.ndarray) -> np.ndarray:

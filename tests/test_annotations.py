@@ -246,7 +246,7 @@ def test_scenes_are_drawn_on_first_use(tmp_path, monkeypatch):
         12,
         [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3,
     )
-    assert missing_message(open_store(cfg), train.images + test.images) == ""
+    assert missing_message(open_store(cfg), [*train.images, *test.images]) == ""
 
 
 def test_unknown_data_set():

@@ -105,7 +105,7 @@ def print_dry_run(model: BLIP_Retrieval, job: Job) -> None:
         load_pretrained(model, cfg.pretrained, cfg.cache_dir)
     elif job.plan.image or job.plan.text:
         start_from_towers(model, job.plan)
-    sampler = recipe_sampler(cfg, len(table.captions), job.args.seed, get_world_size(), get_rank())
+    sampler = recipe_sampler(cfg, table, job.args.seed, get_world_size(), get_rank())
     batch = next(iter(train_loader(cfg, table, sampler, model.temp.device)))
     sizes = DrySizes(len(table.captions), len(val.images), len(val.captions))
     for line in dry_run(model, cfg, sizes, batch, model.temp.device):

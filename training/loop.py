@@ -85,7 +85,7 @@ class TrainingRun:
         self.model, self.job, self.cfg, self.folder, self.stop = model, job, job.cfg, job.folder, stop
         self.journal = journal
         table = job.splits["train"]
-        self.sampler = recipe_sampler(self.cfg, len(table.captions), job.args.seed, get_world_size(), get_rank())
+        self.sampler = recipe_sampler(self.cfg, table, job.args.seed, get_world_size(), get_rank())
         self.loader = train_loader(self.cfg, table, self.sampler, model.temp.device)
         self.steps = len(self.loader)  # of an epoch
         self.warnings = TrainingWarnings(self.steps)

@@ -1,6 +1,7 @@
 """What is known to be wrong with a run before anything is written: data, config, checkpoint and disk together."""
 
 import argparse
+import os
 import warnings
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from configs.sizes import MedConfig
 from data.annotations import Annotations, available_splits, load_annotations
 from data.checks import check_data
 from data.findings import Findings
+from data.windows import window_warnings
 from models.blip_retrieval import BLIP_Retrieval, build_model
 from models.towers import Plan, plan_model
 from training.recipe import check_disk, check_recipe, require_negatives
@@ -62,6 +64,7 @@ def preflight(cfg: RetrievalConfig, args: argparse.Namespace) -> tuple[Job, Find
     if not is_main():
         return job, found
     found.add(check_data(cfg, job.splits, args.check))
+    found.warnings += launcher_warnings()
     if not args.evaluate and cfg.tensorboard and not find_spec("tensorboard"):
         found.errors.append(
             "tensorboard is true, but the package is not installed: pip install -r requirements-tensorboard.txt, or "
@@ -73,6 +76,7 @@ def preflight(cfg: RetrievalConfig, args: argparse.Namespace) -> tuple[Job, Find
             f"--output_dir {job.folder} already holds a run: continue it with --resume auto, or name another folder."
         )
     if "train" in job.splits:
+        found.attempt(lambda: found.warnings.extend(window_warnings(cfg, job.splits["train"], args.seed)))
         recipe = check_recipe(cfg, job.splits["train"])
         found.add(recipe)
         if not recipe.errors:
@@ -98,6 +102,17 @@ def is_remote(source: str, cfg: RetrievalConfig) -> bool:
     """Whether it is an address or a released name, and not on this machine yet."""
     remote = "://" in source or (source in RELEASED and not Path(source).exists())
     return remote and not (cache_folder(cfg.cache_dir) / source.rpartition("/")[2]).exists()
+
+
+def launcher_warnings() -> list[str]:
+    """Several launchers that are to restart processes, but share the store that a new launcher cannot join."""
+    several = int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1 and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if not several or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return []
+    return [
+        "a machine that dies could not come back into this run: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for the "
+        "launcher on every machine (docs/training.md)"
+    ]
 
 
 def weights_to_evaluate(cfg: RetrievalConfig, args: argparse.Namespace) -> tuple[str, str]:

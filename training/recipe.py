@@ -26,7 +26,7 @@ def check_recipe(cfg: RetrievalConfig, table: Annotations) -> Findings:
     """The config against the size of its training set, the published recipe and the machine."""
     found, batch, pairs = Findings(), cfg.global_batch_size, len(table.captions)
     try:
-        steps = len(recipe_sampler(cfg, pairs, seed=0))
+        steps = len(recipe_sampler(cfg, table, seed=0))
     except ValueError as error:
         return Findings(errors=[f"{table.source}: {error}"])
     found.facts.append(f"{steps} steps an epoch of {batch} pairs, {steps * cfg.max_epoch} steps in all")
@@ -98,7 +98,7 @@ def require_negatives(cfg: RetrievalConfig, table: Annotations, seed: int) -> No
     pool = cfg.global_batch_size if cfg.negative_all_rank else cfg.global_batch_size // cfg.ranks_emulated
     if np.bincount(table.caption_ids).max() < pool and pool <= len(table.captions):
         return  # no id can fill a pool
-    sampler = recipe_sampler(cfg, len(table.captions), seed)
+    sampler = recipe_sampler(cfg, table, seed)
     for epoch in range(cfg.max_epoch):
         sampler.set_epoch(epoch)
         for step, batch in enumerate(sampler):
