@@ -130,6 +130,7 @@ def run(cfg: RetrievalConfig, args: argparse.Namespace) -> int:
         logging.getLogger("blip").info("%s", stopped)
         if is_main():
             tell_launcher(str(stopped))
+        leave_distributed()
         return StopSignal.EXIT_STOPPED
     leave_distributed()
     return 0

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from data.retrieval import TrainBatch
+from models.itm import pairs_by_image
 from tests.conftest import random_captions, tiny_med, tiny_model
 from tests.golden import NOISE, argmax_instead_of_sampling
 from training import dry_run as dry
 from training.compilation import compile_encoders
 from training.dry_run import DrySizes, dry_run, largest_that_fits, synthetic_batch, synthetic_captions
-from training.memory import auto_keep_graphs
+from training.memory import auto_keep_graphs, run_micro_batch, worst_pairs
 from training.step import train_step
 from transform.text import CLS, MAX_TOKENS, SEP, tokenize
 
@@ -76,6 +77,32 @@ def test_search_for_the_largest_micro_batch(limit, start, most, found):
     assert largest_that_fits(lambda size: size <= limit, start, most) == found
 
 
+FULL = (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when"))
+BROKEN = RuntimeError("CUDA error: unspecified launch failure")
+
+
+@pytest.mark.parametrize("error", [*FULL, BROKEN])
+def test_the_search_goes_on_after_any_kind_of_full_memory(monkeypatch, error):
+    """On a device that has room for micro-batches of 5 with the pairs of a step in which all texts draw one image."""
+    probed = []
+
+    def probe(model, image_size, size, pool):
+        probed.append((size, pool))
+        if size > 5:
+            raise error
+
+    monkeypatch.setattr(dry, "run_micro_batch", probe)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(dry.Trial, "gradients", lambda *_: None)
+    trial = dry.Trial(tiny_model(), config(), loaded_batch(), SimpleNamespace(step=lambda: None), torch.device("cuda"))
+    if error is BROKEN:
+        with pytest.raises(RuntimeError, match="launch failure"):
+            dry.fitting_micro_batch(trial, 8)
+        return
+    assert dry.fitting_micro_batch(trial, 8) == (3, "largest batch_size_train that fits: 3 (of 8 samples a step)")
+    assert probed == [(3, 4), (6, 4)]  # 4 samples a rank, and negatives of the own rank
+
+
 def test_synthetic_captions_are_as_long_as_cocos():
     ids, mask = synthetic_captions(20000, 30524)
     lengths = mask.sum(1)
@@ -88,19 +115,37 @@ def test_synthetic_captions_are_as_long_as_cocos():
 def test_kept_graphs_follow_the_memory(monkeypatch):
     model = tiny_model()
     optimizer = torch.optim.AdamW(model.parameters())
-    assert auto_keep_graphs(model, 32, 4, 12, optimizer) == 12
+    assert auto_keep_graphs(model, 32, 4, 12, optimizer, 12) == 12
     monkeypatch.setattr("training.memory._host_memory", lambda: 0)
-    assert auto_keep_graphs(model, 32, 4, 12, optimizer) == 4  # one micro-batch always
+    assert auto_keep_graphs(model, 32, 4, 12, optimizer, 12) == 4  # one micro-batch always
     from training.memory import _saved_bytes
 
     graph = _saved_bytes(model.train(), torch.randn(1, 3, 32, 32))
     monkeypatch.setattr("training.memory._host_memory", lambda: 2 * 7.5 * graph)
     state = torch.get_rng_state()
-    assert auto_keep_graphs(model.eval(), 32, 4, 12, optimizer) == 7
+    assert auto_keep_graphs(model.eval(), 32, 4, 12, optimizer, 12) == 7
     assert torch.equal(torch.get_rng_state(), state) and not model.training  # measuring leaves no trace
     assert _saved_bytes(model.train(), torch.randn(2, 3, 32, 32)) == pytest.approx(2 * graph, rel=0.05)
     checkpointed = tiny_model(vit_grad_ckpt=True, vit_ckpt_layer=6).train()
     assert _saved_bytes(checkpointed, torch.randn(1, 3, 32, 32)) < graph / 3
+
+
+def test_what_is_probed_is_the_worst_step(monkeypatch):
+    """All texts of the pool draw one image: no drawing of negatives gives its micro-batch more pairs."""
+    for _ in range(20):
+        pool, size = 12, 4
+        image, text = (torch.randint(pool, (pool,)).tolist() for _ in range(2))
+        pairs = pairs_by_image(4, 4 + size, image, text)
+        counts = torch.bincount(torch.tensor(pairs.image), minlength=size)
+        worst = torch.bincount(torch.tensor(worst_pairs(size, pool)), minlength=size)
+        assert len(pairs.image) <= len(worst_pairs(size, pool)) and counts.max() <= worst.max()
+    drawn = pairs_by_image(0, size, [0] * pool, list(range(pool)))
+    assert drawn.image == worst_pairs(size, pool)
+    model = tiny_model().train()
+    for name in ("memory_allocated", "max_memory_allocated", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 7)
+    assert run_micro_batch(model, 32, size, 2, pool) == (5, 5)
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.slow
