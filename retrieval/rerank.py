@@ -196,7 +196,7 @@ def shortlist(image_feat: Tensor, text_feat: Tensor, distinct: np.ndarray, k_tes
 
     Works in chunks: the N x M matrix never exists. Captions of one text have the same cosine, to the last bit.
     """
-    columns = torch.from_numpy(distinct).to(text_feat.device)
+    columns = on_device(text_feat.device, distinct)
     i2t, i2t_value = _top(image_feat, text_feat, k_test, columns)
     t2i, t2i_value = _top(text_feat, image_feat, k_test)
     return Shortlists(i2t, i2t_value, t2i[distinct], t2i_value[distinct])
