@@ -357,6 +357,20 @@ def generator(device: torch.device, *key: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed_from(*key))
 
 
+def choose_precision(name: str, device: torch.device, evaluation: bool = False) -> str:
+    """What `auto` means on this device; any other name stays.
+
+    On a GPU the published numbers were made in TF32, the default of their time. In evaluation bfloat16 gives float32's
+    Recall (`retrieval/recheck.py`), and is faster where the GPU has it.
+    """
+    if name != "auto":
+        return name
+    if device.type != "cuda":
+        return "fp32"
+    ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+    return ("bf16" if ampere else "fp32") if evaluation else "tf32"
+
+
 class HasPrecision(Protocol):
     """A model whose encoders compute under autocast to this dtype, or as they are when it is None."""
 
@@ -369,6 +383,7 @@ def precision(model: HasPrecision, name: str) -> Iterator[None]:
 
     cuDNN's attention is off inside: it plans each new shape for tens of milliseconds, and here shapes are always new.
     """
+    assert name != "auto", "choose_precision comes first"
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, model.autocast_dtype
     cudnn_attention = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)

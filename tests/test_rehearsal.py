@@ -12,6 +12,7 @@ from torch import nn
 
 import train_retrieval
 from checkpoints.runs import RunState
+from configs.schema import load_config
 from models.arrangements import on_device
 from retrieval.rerank import rerank
 from retrieval.scoring import score_pairs
@@ -209,6 +210,7 @@ def test_the_program_trains_stops_resumes_and_evaluates_as_on_the_cpu(tiny_run, 
         assert run(tiny_run, "gpu", "cuda") == 75
         assert run(tiny_run, "gpu", "cuda", "--resume", "auto") == 0
         assert run(tiny_run, "gpu", "cuda", "--evaluate") == 0
+    assert load_config(tiny_run / "gpu" / "config.yaml").precision == "fp32"
     for name in ("log.txt", "steps.jsonl", "evaluate.txt"):
         assert rows(tiny_run / "gpu" / name) == rows(tiny_run / "cpu" / name), name
 
@@ -216,5 +218,6 @@ def test_the_program_trains_stops_resumes_and_evaluates_as_on_the_cpu(tiny_run, 
 @pytest.mark.slow
 def test_the_dry_run_searches_the_largest_micro_batch(tiny_run, capsys):
     with rehearsal():
-        assert run(tiny_run, "gpu", "cuda", "--dry_run", "--set", "precision=fp32", "eval_precision=fp32") == 0
-    assert "largest batch_size_train that fits: 8 (of 8 samples a step)" in capsys.readouterr().out
+        assert run(tiny_run, "gpu", "cuda", "--dry_run") == 0
+    out = capsys.readouterr().out
+    assert "px, tf32, torch" in out and "largest batch_size_train that fits: 8 (of 8 samples a step)" in out
