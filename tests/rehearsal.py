@@ -5,7 +5,7 @@ tensor with one of the host raises, as on a GPU, and `ledger.waits` names each p
 for the GPU: reading a value, a copy from or to memory that is not page-locked, an index that depends on values, an
 event that is waited for before anything else was. The arithmetic is the CPU's, so results equal the CPU's bit for bit.
 
-What it does not show: CUDA's kernels and their rounding; TF32 and bfloat16 (autocast of "cuda" does nothing here);
+What it does not show: CUDA's kernels and their rounding; TF32, and CUDA's own rules of autocast (the CPU's hold here);
 inference mode (such tensors cannot be in it, so gradients are off instead); memory and its limits; speed, and what
 happens at the same time; NCCL; torch.compile; waits inside of CUDA's kernels and allocator. A card shows those.
 """
@@ -232,6 +232,10 @@ def _torch_cuda(ledger: Ledger) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _of_the_cpu(of_device: Callable) -> Callable:
+    return lambda device, *args, **kwargs: of_device("cpu", *args, **kwargs)
+
+
 def _no_grad(mode: Any) -> None:
     mode.instead = torch.no_grad()
     mode.instead.__enter__()
@@ -255,6 +259,8 @@ def rehearsal() -> Iterator[Ledger]:
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(mock.patch.object(Loader, "__iter__", pinned_batches))
         stack.enter_context(mock.patch.object(torch, "Generator", lambda device="cpu": generator("cpu")))
+        for name in ("autocast", "is_autocast_enabled", "get_autocast_dtype"):
+            stack.enter_context(mock.patch.object(torch, name, _of_the_cpu(getattr(torch, name))))
         for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):  # new, old torch
             if hasattr(torch.optim.Optimizer, name):
                 stack.enter_context(mock.patch.object(torch.optim.Optimizer, name, lambda self: None))

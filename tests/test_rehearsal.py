@@ -22,6 +22,7 @@ from training import loop
 from training.dry_run import synthetic_batch
 from training.monitor import EpochMonitor, RunClock, TrainingWarnings
 from training.schedule import build_optimizer
+from utils import precision
 
 CPU = torch.device("cpu")
 
@@ -158,23 +159,24 @@ def test_a_training_step_is_the_cpus_bit_for_bit_and_waits_once(way, checkpointi
 # ---- evaluation -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pinned", [False, True])
-def test_evaluation_is_the_cpus_bit_for_bit_and_waits_a_few_times(monkeypatch, pinned):
+@pytest.mark.parametrize(("pinned", "name"), [(False, "fp32"), (True, "fp32"), (True, "bf16")])
+def test_evaluation_is_the_cpus_bit_for_bit_and_waits_a_few_times(monkeypatch, pinned, name):
     """However many passes there are; also where image tokens go to page-locked memory and come back."""
     model, captions = tiny_model().eval(), random_captions(30)
     pixels = torch.randn(9, 3, 32, 32)
-    expected = rerank(model, pixels.split(4), 9, captions, 5, 4, tokens_per_pass=40)
+    with precision(model, name):
+        expected = rerank(model, pixels.split(4), 9, captions, 5, 4, tokens_per_pass=40)
     kept = []
     monkeypatch.setattr("retrieval.rerank._fits", lambda *_: not pinned)
     monkeypatch.setattr("retrieval.rerank.score_pairs", lambda *args: kept.append(args[1]) or score_pairs(*args))
-    with rehearsal() as ledger:
+    with rehearsal() as ledger, precision(model, name):
         there, blocks = model.to(CUDA), [block.pin_memory() for block in pixels.split(4)]
         del ledger.waits[:]
         got = rerank(there, blocks, 9, captions, 5, 4, tokens_per_pass=40)
         assert [ledger.is_pinned(tokens) for tokens in kept[0].tokens] == [pinned] * 3
     for ours, cpus in ((got.itm, expected.itm), (got.itc, expected.itc)):
-        for name in ("i2t", "i2t_value", "t2i", "t2i_value"):
-            np.testing.assert_array_equal(getattr(ours, name), getattr(cpus, name))
+        for field in ("i2t", "i2t_value", "t2i", "t2i_value"):
+            np.testing.assert_array_equal(getattr(ours, field), getattr(cpus, field))
     assert len(ledger.waits) <= 5 + pinned, lines(ledger.waits)  # indices and values both ways, scores
 
 
