@@ -233,7 +233,7 @@ def _torch_cuda(ledger: Ledger) -> dict[str, Any]:
 
 
 def _of_the_cpu(of_device: Callable) -> Callable:
-    return lambda device, *args, **kwargs: of_device("cpu", *args, **kwargs)
+    return lambda *args, **kwargs: of_device(*["cpu"][: len(args)], *args[1:], **kwargs)
 
 
 def _no_grad(mode: Any) -> None:
