@@ -30,7 +30,7 @@ from retrieval.provenance import device_memory, device_name
 from utils import code_version, init_distributed
 
 RESULTS = Path(__file__).parent / "results"
-NAMES = ("checks", "evaluation", "training", "limits")
+NAMES = ("checks", "evaluation", "training", "limits", "compiled")  # what may be missing comes last
 ROW = "row: "  # what a part's line with a row starts with
 GRACE_SECONDS = 5.0  # that a part which is stopped has to end
 Row = dict[str, Any]

@@ -29,9 +29,10 @@ def in_this_process(name, args, seconds):
 
 
 def test_a_toy_report(tmp_path, monkeypatch):
-    """The checks are left out: tests/test_device.py runs by itself."""
+    """The checks are left out: tests/test_device.py runs by itself. Nothing is compiled, as that takes minutes."""
+    monkeypatch.setattr("benchmarks.bench_train_step.compile_encoders", lambda model: None)
     monkeypatch.setattr(gpu_report, "part_lines", in_this_process)
-    parts = ["evaluation", "training", "limits"]
+    parts = ["evaluation", "training", "limits", "compiled"]
     assert gpu_report.main([*TOY, "--out", str(tmp_path), "--parts", *parts]) == 0
     got = report(tmp_path)
     for key in ("command", "code", "card", "date", "torch"):
@@ -49,6 +50,7 @@ def test_a_toy_report(tmp_path, monkeypatch):
     row = steps["this repository", "fp32"]
     assert row["images_per_second"] == pytest.approx(8 / row["seconds"])
     assert any("keep_graphs auto: 8 of 8" in row["limit"] for row in rows["limits"])
+    assert [row["step"] for row in rows["compiled"]] == ["this repository, compiled"]
     page = next(tmp_path.glob("*.md")).read_text()
     assert "toy sizes" in page and "| this repository | bf16 |" in page and got["command"] in page
 
