@@ -11,6 +11,7 @@ from models.itm import pairs_by_image
 from tests.conftest import random_captions, tiny_med, tiny_model
 from tests.golden import NOISE, argmax_instead_of_sampling
 from training import dry_run as dry
+from training import memory
 from training.compilation import compile_encoders
 from training.dry_run import DrySizes, dry_run, largest_that_fits, synthetic_batch, synthetic_captions
 from training.memory import auto_keep_graphs, run_micro_batch, worst_pairs
@@ -146,6 +147,31 @@ def test_what_is_probed_is_the_worst_step(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda device: 7)
     assert run_micro_batch(model, 32, size, 2, pool) == (5, 5)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_room_is_left_for_the_worst_step_or_one_micro_batch_is_kept(monkeypatch, caplog):
+    """On a pretended GPU with 30 kB free, images whose graphs take 1 kB, and no moments that are still to come."""
+    model = tiny_model(queue_size=1)
+    optimizer = SimpleNamespace(param_groups=[])
+    monkeypatch.setattr(memory, "free_gpu_memory", lambda device: 30_000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    largest = 12
+
+    def probe(model, image_size, size, before, pool):
+        if pool > largest:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling")
+        return 1000 * size, 1000 * (size + pool)
+
+    monkeypatch.setattr(memory, "run_micro_batch", probe)
+    for pool, room in ((4, 23_000), (12, 15_000)):  # 27 kB without pixels (0), contrast (128 B) and the pool's kB
+        graph, free = memory._measure_gpu(model, 0, 4, 12, optimizer, pool)
+        assert graph == 1000 and free == room - 8 * 4 * 4
+    assert not caplog.records
+    _, free = memory._measure_gpu(model, 0, 4, 12, optimizer, 13)
+    assert free < 0 and "not if all texts of a step draw one image" in caplog.text
+    largest = 3
+    with pytest.raises(ValueError, match="batch_size_train 4 does not fit into 0.0 GB"):
+        memory._measure_gpu(model, 0, 4, 12, optimizer, 13)
 
 
 @pytest.mark.slow
