@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+POPULAR = 4  # times the mean number of tokens, above which an image is left out of the rectangle of all images
+
 
 class Arrangement(Protocol):
     """What a layer asks of it. `x` are hidden states in the arrangement's own layout."""
@@ -170,17 +172,15 @@ class TrainingTexts:
 class _Crowd:
     """Where each of R rows goes: into a rectangle with a line for each group or, of popular groups, behind it.
 
-    As a line is as long as the longest, one group may grow to POPULAR times the mean; beyond that it has its own call.
+    A line is as long as the longest, so a group of more than POPULAR times the mean has a call of its own.
     """
-
-    POPULAR = 4
 
     def __init__(self, group: np.ndarray, num_groups: int):
         """`group` (R,) is ascending."""
         count = np.bincount(group, minlength=num_groups)  # (num_groups,)
         first = np.cumsum(count) - count  # (num_groups,) row at which each group starts
         place_in_group = np.arange(len(group)) - first[group]  # (R,)
-        popular = np.flatnonzero(count > self.POPULAR * -(-len(group) // num_groups))
+        popular = np.flatnonzero(count > POPULAR * -(-len(group) // num_groups))
         self.popular = {int(i): int(count[i]) for i in popular}  # group: rows
         length = max(1, int(np.delete(count, popular).max()))
         start = np.arange(num_groups) * length

@@ -3,10 +3,12 @@
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from data.retrieval import TrainBatch
+from models.arrangements import TrainingTexts
 from models.itm import pairs_by_image
 from tests.conftest import random_captions, tiny_med, tiny_model
 from tests.golden import NOISE, argmax_instead_of_sampling
@@ -131,17 +133,20 @@ def test_kept_graphs_follow_the_memory(monkeypatch):
     assert _saved_bytes(checkpointed, torch.randn(1, 3, 32, 32)) < graph / 3
 
 
-def test_what_is_probed_is_the_worst_step(monkeypatch):
-    """All texts of the pool draw one image: no drawing of negatives gives its micro-batch more pairs."""
-    for _ in range(20):
-        pool, size = 12, 4
-        image, text = (torch.randint(pool, (pool,)).tolist() for _ in range(2))
-        pairs = pairs_by_image(4, 4 + size, image, text)
-        counts = torch.bincount(torch.tensor(pairs.image), minlength=size)
-        worst = torch.bincount(torch.tensor(worst_pairs(size, pool)), minlength=size)
-        assert len(pairs.image) <= len(worst_pairs(size, pool)) and counts.max() <= worst.max()
-    drawn = pairs_by_image(0, size, [0] * pool, list(range(pool)))
-    assert drawn.image == worst_pairs(size, pool)
+@pytest.mark.parametrize(("size", "pool"), [(4, 12), (12, 60), (8, 8)])
+def test_what_is_probed_is_the_worst_step(monkeypatch, size, pool):
+    """No drawing of negatives gives a micro-batch more pairs, or the attention more rows, than what is probed."""
+
+    def rows(image: list[int]) -> int:
+        return TrainingTexts([MAX_TOKENS] * len(image), CPU, image, size).crowds[0].size
+
+    worst, rng = worst_pairs(size, pool), np.random.default_rng(0)
+    for skew in np.linspace(0, 8, 40):  # from even draws to all of one image
+        share = np.exp(skew * rng.standard_normal(pool))
+        image = rng.choice(pool, pool, p=share / share.sum())
+        pairs = pairs_by_image(0, size, image.tolist(), rng.integers(pool, size=pool).tolist())
+        assert len(pairs.image) <= len(worst) and rows(pairs.image) <= rows(worst)
+    assert len(worst) == 2 * size + pool
     model = tiny_model().train()
     for name in ("memory_allocated", "max_memory_allocated", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda device: 7)
@@ -168,7 +173,7 @@ def test_room_is_left_for_the_worst_step_or_one_micro_batch_is_kept(monkeypatch,
         assert graph == 1000 and free == room - 8 * 4 * 4
     assert not caplog.records
     _, free = memory._measure_gpu(model, 0, 4, 12, optimizer, 13)
-    assert free < 0 and "not if all texts of a step draw one image" in caplog.text
+    assert free < 0 and "not if all texts of a step draw its images" in caplog.text
     largest = 3
     with pytest.raises(ValueError, match="batch_size_train 4 does not fit into 0.0 GB"):
         memory._measure_gpu(model, 0, 4, 12, optimizer, 13)

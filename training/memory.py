@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.arrangements import TrainingTexts
+from models.arrangements import POPULAR, TrainingTexts
 from models.blip_retrieval import BLIP_Retrieval
 from training.failures import gpu_memory_is_full
 from transform.text import MAX_TOKENS, TokenizedText
@@ -29,9 +29,9 @@ def auto_keep_graphs(
     """How many of the `samples` image graphs of a step fit into free memory: `keep_graphs: auto`.
 
     Measured on one micro-batch of random pixels, in the current precision. Call it between steps: it clears gradients.
-    Room is left for matching that micro-batch when all `pool` texts that may draw one of its images draw the same one,
-    and for what the `optimizer` is still to allocate. On the CPU one image is measured, and kept graphs get half of
-    the available memory. ValueError if not one micro-batch fits.
+    Room is left for matching that micro-batch when all `pool` texts that may draw one of its images do so, and for
+    what the `optimizer` is still to allocate. On the CPU one image is measured, and kept graphs get half of the
+    available memory. ValueError if not one micro-batch fits.
     """
     micro_batch = min(micro_batch, samples)
     training, device = model.training, model.temp.device
@@ -49,7 +49,7 @@ def auto_keep_graphs(
 
 
 def pool_of_texts(model: BLIP_Retrieval, global_batch: int, ranks: int) -> int:
-    """How many texts of a step may draw the same image as their negative."""
+    """How many texts of a step may draw images of the same micro-batch as their negatives."""
     return global_batch if model.negative_all_rank else global_batch // ranks
 
 
@@ -66,7 +66,7 @@ def _measure_gpu(
         available = 0  # so that no more than one micro-batch is kept
         if measured is not None:
             log.warning(
-                "warning: batch_size_train %d fits, but not if all texts of a step draw one image: lower it should "
+                "warning: batch_size_train %d fits, but not if all texts of a step draw its images: lower it should "
                 "the GPU's memory ever be full",
                 micro_batch,
             )
@@ -104,11 +104,14 @@ def _try_micro_batch(
 
 
 def worst_pairs(size: int, pool: int) -> list[int]:
-    """The image of each pair of a micro-batch of `size` images, when all `pool` texts draw the first one.
+    """The image of each pair of a micro-batch of `size` images, when all `pool` texts draw one of them.
 
-    Besides, each image has its own text and the text it drew. Over a whole step there are three pairs an image.
+    Each image also has its own text and the text it drew. One is as popular as it may be without a call of its own,
+    which makes the attention's rectangle the largest. Over a whole step there are three pairs an image.
     """
-    return sorted([*range(size), *range(size), *[0] * pool])
+    most = min(pool, POPULAR * (2 * size + pool) // size - 2)
+    others = [1 + i % max(1, size - 1) for i in range(pool - most)]
+    return sorted([*range(size), *range(size), *[0] * most, *others])
 
 
 def run_micro_batch(
