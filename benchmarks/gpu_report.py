@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu_report                        # writes benchmarks/results/gpu_<card>.json and .md
     python -m benchmarks.gpu_report --minutes 20 --parts training limits
-    python -m benchmarks.gpu_report --device cpu --toy --out /tmp/report   # seconds, to see that it still runs
+    python -m benchmarks.gpu_report --device cpu --toy --out report   # seconds, to see that it still runs
 
 Each part (`gpu_parts.py`) runs in a process of its own. After each measured row both files are written anew, so that
 what was measured is there when time runs out, when a part fails, or when the command is stopped.
