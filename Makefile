@@ -1,5 +1,6 @@
 # make demo: train and evaluate the embedded data set; make pictures: draw what it finds, after a demo (needs chromium);
-# make test: the test suite. Each sets up .venv by itself.
+# make test: the test suite; make gpu-report: what a CUDA card shows, in nine minutes at most.
+# Each sets up .venv by itself.
 
 PYTHON ?= python3
 # One process may use every core; torch by itself may take fewer.
@@ -12,7 +13,7 @@ EXTRAS := $(sort $(wildcard requirements-*.txt))
 DEMO := output/retrieval_scenes
 CHROMIUM ?= chromium
 
-.PHONY: demo pictures test test-slow lint
+.PHONY: demo pictures test test-slow gpu-report lint
 
 demo: $(INSTALLED)
 	.venv/bin/python train_retrieval.py --config configs/retrieval_scenes.yaml --output_dir $(DEMO) --resume auto
@@ -33,6 +34,9 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	.venv/bin/python -m pytest -m slow
+
+gpu-report: $(INSTALLED)
+	.venv/bin/python -m benchmarks.gpu_report
 
 lint: $(INSTALLED)
 	.venv/bin/ruff check .

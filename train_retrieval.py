@@ -100,11 +100,12 @@ def run(cfg: RetrievalConfig, args: argparse.Namespace) -> int:
     from retrieval.evaluate import evaluate_only
     from training.dry_run import print_dry_run
     from training.loop import train
-    from training.preflight import preflight, weights_to_evaluate
+    from training.preflight import preflight, weights_to_evaluate, with_precisions
     from utils import Stopped, StopSignal, from_main, init_distributed, is_main, leave_distributed, setup_logging
 
     device = init_distributed(args.device)
     setup_logging()
+    cfg = with_precisions(cfg, device)
     job, found = preflight(cfg, args)
     cfg = job.cfg
     found.errors = from_main(found.errors)
@@ -135,6 +136,7 @@ def run(cfg: RetrievalConfig, args: argparse.Namespace) -> int:
         logging.getLogger("blip").info("%s", stopped)
         if is_main():
             tell_launcher(str(stopped))
+        leave_distributed()
         return StopSignal.EXIT_STOPPED
     leave_distributed()
     return 0

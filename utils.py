@@ -60,17 +60,25 @@ def init_distributed(device: str = "auto") -> torch.device:
     if device.startswith("cuda"):
         torch.cuda.set_device(device)  # fairscale saves the random state of the current device
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        _join("nccl" if device.startswith("cuda") else "gloo")
+        _join(torch.device(device))
     return torch.device(device)
 
 
-def _join(backend: str) -> None:
+def _join(device: torch.device) -> None:
     store, rank, size = next(dist.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         # The launcher keeps its store over restarts: without a name of their own, restarted processes may look for
         # each other at the addresses of dead ones, and wait. (Several machines do not share one count.)
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(hours=2))
+    cuda = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(hours=2),
+        device_id=device if cuda else None,  # else nccl guesses, and barriers may take another process's GPU
+    )
 
 
 def leave_distributed(patience: float = 10.0) -> None:
@@ -349,6 +357,20 @@ def generator(device: torch.device, *key: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed_from(*key))
 
 
+def choose_precision(name: str, device: torch.device, evaluation: bool = False) -> str:
+    """What `auto` means on this device; any other name stays.
+
+    On a GPU the published numbers were made in TF32, the default of their time. In evaluation bfloat16 gives float32's
+    Recall (`retrieval/recheck.py`), and is faster where the GPU has it.
+    """
+    if name != "auto":
+        return name
+    if device.type != "cuda":
+        return "fp32"
+    ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+    return ("bf16" if ampere else "fp32") if evaluation else "tf32"
+
+
 class HasPrecision(Protocol):
     """A model whose encoders compute under autocast to this dtype, or as they are when it is None."""
 
@@ -357,8 +379,14 @@ class HasPrecision(Protocol):
 
 @contextmanager
 def precision(model: HasPrecision, name: str) -> Iterator[None]:
-    """Compute in fp32, tf32 (float32 with 10-bit products on tensor cores) or bf16 (autocast of the encoders)."""
+    """Compute in fp32, tf32 (float32 with 10-bit products on tensor cores) or bf16 (autocast of the encoders).
+
+    cuDNN's attention is off inside: it plans each new shape for tens of milliseconds, and here shapes are always new.
+    """
+    assert name != "auto", "choose_precision comes first"
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, model.autocast_dtype
+    cudnn_attention = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = name == "tf32"
     model.autocast_dtype = torch.bfloat16 if name == "bf16" else None
@@ -367,3 +395,4 @@ def precision(model: HasPrecision, name: str) -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32, model.autocast_dtype = before[1:]
+        torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)

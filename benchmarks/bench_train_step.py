@@ -41,7 +41,8 @@ from data.retrieval import TrainBatch
 from models.blip_retrieval import BLIP_Retrieval
 from training.compilation import compile_encoders
 from training.dry_run import hardware, synthetic_batch, synthetic_captions
-from training.memory import auto_keep_graphs
+from training.failures import gpu_memory_is_full
+from training.memory import auto_keep_graphs, pool_of_texts
 from training.step import Negatives, RetrievalStep, train_step
 from transform.text import VOCAB_SIZE, TokenizedText
 from utils import memory_mb, precision
@@ -272,8 +273,9 @@ def ours_keeping(model: BLIP_Retrieval, batch: TrainBatch, args: argparse.Namesp
 def kept_graphs(model: BLIP_Retrieval, args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> int:
     if args.keep_graphs != "auto":
         return int(args.keep_graphs)
+    pool = pool_of_texts(model, args.batch, args.ranks)
     with nullcontext() if args.checkpointing else disable_checkpointing():
-        return auto_keep_graphs(model, args.image_size, args.micro_batch, args.batch, optimizer)
+        return auto_keep_graphs(model, args.image_size, args.micro_batch, args.batch, optimizer, pool)
 
 
 def whole_step(
@@ -303,7 +305,9 @@ def measure(ways: list[Way], args: argparse.Namespace, device: torch.device) -> 
                 way.run()
                 if cuda:
                     torch.cuda.synchronize(device)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not gpu_memory_is_full(error):
+                    raise
                 way.too_large = True
             if turn >= 0 and not way.too_large:
                 way.seconds.append((time.perf_counter() - start) * args.batch / way.samples)

@@ -24,6 +24,7 @@ BAD_SAMPLE = ("error", "skip")
 ALPHA = ("", "white")
 RENAMED = {"on_bad_image": "on_bad_sample"}  # keys of before, which still work
 PRECISIONS = ("fp32", "tf32", "bf16")
+AUTO_PRECISION = ("auto", *PRECISIONS)
 # Keys of LAVIS's sections that mean the same here, some under another name.
 LAVIS_KEYS = (
     "vit", "image_size", "queue_size", "momentum", "alpha", "negative_all_rank", "vit_grad_ckpt", "vit_ckpt_layer",
@@ -133,10 +134,12 @@ class RetrievalConfig:
     rerank_tokens: int = knob(32768, "text tokens per pass of the re-ranking; bounds its memory", 1)
 
     # --- speed and memory
-    precision: str = knob("fp32", "arithmetic of training; losses and momentum update stay fp32", choices=PRECISIONS)
+    precision: str = knob(
+        "auto", "arithmetic of training; auto: fp32 on a CPU, on a GPU tf32, as published", choices=AUTO_PRECISION
+    )  # losses and momentum update stay fp32
     eval_precision: str = knob(
-        "fp32", "of evaluation; bf16: close scores are recomputed in float32, so Recall is the same", choices=PRECISIONS
-    )
+        "auto", "of evaluation; auto: bf16 where the GPU has it, else fp32", choices=AUTO_PRECISION
+    )  # bf16: close scores are recomputed in float32, so Recall is the same
     keep_graphs: int | str = knob("auto", "images per step kept for backward, not recomputed; auto: all that fit", 0)
     compile: bool = knob(False, "torch.compile the encoders: minutes to start, then faster steps")
 

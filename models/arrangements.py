@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+POPULAR = 4  # times the mean number of tokens, above which an image is left out of the rectangle of all images
+
 
 class Arrangement(Protocol):
     """What a layer asks of it. `x` are hidden states in the arrangement's own layout."""
@@ -45,9 +47,9 @@ class WholeArrangement(Arrangement, Protocol):
         """The arrangement's layout -> (P, L, D), or (P, 1, D) of first tokens."""
 
 
-def on_device(device: torch.device, index: np.ndarray) -> Tensor:
-    """Host integers on the device, without making the host wait for what the GPU still has to do."""
-    host = torch.from_numpy(index)
+def on_device(device: torch.device, numbers: np.ndarray) -> Tensor:
+    """Numbers of the host on the device, without making the host wait for what the GPU still has to do."""
+    host = torch.from_numpy(numbers)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
@@ -128,9 +130,9 @@ class TrainingTexts:
         if image_of_text is not None:
             image = np.asarray(image_of_text)
             assert (np.diff(image) >= 0).all(), "texts must lie in the order of their images"
-            slot_of_token, self.token_shape = _slots(image[text_of_token], num_images)
-            slot_of_text, self.first_shape = _slots(image, num_images)
-            index += [slot_of_token, slot_of_text]
+            tokens, texts = (_Crowd(group, num_images) for group in (image[text_of_token], image))
+            self.crowds = tokens, texts
+            index += [tokens.slots, texts.slots]
         parts = on_device(device, np.concatenate(index)).split([len(part) for part in index])  # one copy for all
         lengths_there, self.first_token, self.slot_in_text, *self.slots_in_image = parts
         padded = len(text_of_token) < self.num_texts * self.length
@@ -158,16 +160,33 @@ class TrainingTexts:
     def attend_image(self, q: Tensor, k: Tensor, v: Tensor, heads: int, dropout: float) -> Tensor:
         """q (T, D), or (P, D) for first tokens alone; k and v (m, n, D) -> like q."""
         firsts_alone = len(q) == self.num_texts
-        slots, shape = self.slots_in_image[firsts_alone], self.first_shape if firsts_alone else self.token_shape
-        return _attend(_rectangle(q, slots, shape), k, v, heads, dropout, None).flatten(0, 1).index_select(0, slots)
+        slots, crowd = self.slots_in_image[firsts_alone], self.crowds[firsts_alone]
+        rows = q.new_zeros(crowd.size, q.shape[1]).index_copy(0, slots, q)  # (rectangle and popular images, D)
+        rectangle, *popular = rows.split([crowd.size - sum(crowd.popular.values()), *crowd.popular.values()])
+        parts = [_attend(rectangle.unflatten(0, (len(k), -1)), k, v, heads, dropout, None).flatten(0, 1)]
+        for i, queries in zip(crowd.popular, popular, strict=True):
+            parts.append(_attend(queries[None], k[i : i + 1], v[i : i + 1], heads, dropout, None)[0])
+        return (torch.cat(parts) if popular else parts[0]).index_select(0, slots)
 
 
-def _slots(group: np.ndarray, num_groups: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """Where each of R rows goes in a rectangle (num_groups, size of the largest group); `group` (R,) is ascending."""
-    count = np.bincount(group, minlength=num_groups)  # (num_groups,)
-    first = np.cumsum(count) - count  # (num_groups,) row at which each group starts
-    place_in_group = np.arange(len(group)) - first[group]  # (R,)
-    return group * count.max() + place_in_group, (num_groups, int(count.max()))
+class _Crowd:
+    """Where each of R rows goes: into a rectangle with a line for each group or, of popular groups, behind it.
+
+    A line is as long as the longest, so a group of more than POPULAR times the mean has a call of its own.
+    """
+
+    def __init__(self, group: np.ndarray, num_groups: int):
+        """`group` (R,) is ascending."""
+        count = np.bincount(group, minlength=num_groups)  # (num_groups,)
+        first = np.cumsum(count) - count  # (num_groups,) row at which each group starts
+        place_in_group = np.arange(len(group)) - first[group]  # (R,)
+        popular = np.flatnonzero(count > POPULAR * -(-len(group) // num_groups))
+        self.popular = {int(i): int(count[i]) for i in popular}  # group: rows
+        length = max(1, int(np.delete(count, popular).max()))
+        start = np.arange(num_groups) * length
+        start[popular] = num_groups * length + np.cumsum(count[popular]) - count[popular]
+        self.slots = start[group] + place_in_group  # (R,)
+        self.size = num_groups * length + int(count[popular].sum())
 
 
 def _rectangle(x: Tensor, slots: Tensor, shape: tuple[int, int]) -> Tensor:

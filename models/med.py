@@ -12,6 +12,7 @@ m images, N image tokens, V image width.
 from collections.abc import Callable, Sequence
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,6 +44,32 @@ class ResidualOutput(nn.Module):
         return self.LayerNorm(self.dropout(self.dense(x)) + residual)
 
 
+class CastOnce:
+    """Image tokens under autocast: cast, and kept for the backward pass, once instead of in every layer's two products.
+
+    Same numbers: gradients of the uses still add up in the tokens' own precision.
+    """
+
+    def __init__(self, x: Tensor, dtype: torch.dtype):
+        self.x, self.low = x, x.detach().to(dtype)
+
+    def use(self) -> Tensor:
+        return _Use.apply(self.x, self.low) if torch.is_grad_enabled() else self.low
+
+
+class _Use(torch.autograd.Function):
+    """`low` on the way forward, a cast of `x` on the way back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, low: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.dtype = x.dtype
+        return low.view_as(low)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad.to(ctx.dtype), None
+
+
 class Attention(nn.Module):
     """Multi-head attention of `x` to `source`; `attend(q, k, v, heads, dropout)` comes from the arrangement."""
 
@@ -52,10 +79,11 @@ class Attention(nn.Module):
         self.self = AttentionProjections(config.hidden_size, kv_width)
         self.output = ResidualOutput(config.hidden_size, config)
 
-    def forward(self, x: Tensor, source: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+    def forward(self, x: Tensor, source: "Tensor | CastOnce", attend: Callable[..., Tensor]) -> Tensor:
         proj = self.self
         dropout = self.drop if self.training else 0.0
-        context = attend(proj.query(x), proj.key(source), proj.value(source), self.heads, dropout)
+        of_key, of_value = (source.use() if isinstance(source, CastOnce) else source for _ in range(2))
+        context = attend(proj.query(x), proj.key(of_key), proj.value(of_value), self.heads, dropout)
         return self.output(context, x)
 
 
@@ -84,7 +112,7 @@ class BertLayer(nn.Module):
         """Self-attention; with cls_only the first token of each text is the only query."""
         return self.attention(texts.first(x) if cls_only else x, x, texts.attend_text)
 
-    def image_part(self, x: Tensor, texts: Arrangement, image_tokens: Tensor | None) -> Tensor:
+    def image_part(self, x: Tensor, texts: Arrangement, image_tokens: "Tensor | CastOnce | None") -> Tensor:
         """Cross-attention and MLP. An image's keys and values are computed once, whatever its number of texts."""
         if image_tokens is not None:
             x = self.crossattention(x, image_tokens, texts.attend_image)
@@ -138,10 +166,13 @@ class BertModel(nn.Module):
         """
         texts = arrangement or PlainTexts(text.attention_mask)
         x = texts.pack(self.embeddings(text.input_ids))
-        last = len(self.encoder.layer) - 1
+        last, device = len(self.encoder.layer) - 1, x.device.type
+        seen: Tensor | CastOnce | None = image_tokens
+        if image_tokens is not None and torch.is_autocast_enabled(device):
+            seen = CastOnce(image_tokens, torch.get_autocast_dtype(device))
         for i, layer in enumerate(self.encoder.layer):
             x = layer.text_part(x, texts, cls_only and i == last)
-            x = layer.image_part(x, texts, image_tokens)
+            x = layer.image_part(x, texts, seen)
         return texts.unpack(x)
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -5,6 +5,7 @@ Sources: Dosovitskiy et al. 2021 (arXiv 2010.11929); BLIP's `models/vit.py` for 
 Shapes: b images, S pixels a side, N = 1 + (S / patch)^2 tokens ([CLS] first), V width.
 """
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import cast
@@ -17,6 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from configs.sizes import VIT_SIZES
+
+# fairscale names autocast as torch did before 2.4, in every backward pass. The blocks below set their own precision.
+warnings.filterwarnings(
+    "ignore", r".torch\.cuda\.amp\.autocast\(", FutureWarning, r"fairscale\.nn\.checkpoint\.checkpoint_activations"
+)
 
 
 class VitBlock(Block):

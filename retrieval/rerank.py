@@ -27,6 +27,7 @@ from torch import Tensor
 
 from models.arrangements import PlainTexts, on_device, ranges
 from models.blip_retrieval import BLIP_Retrieval, as_match_input
+from retrieval.pinned import PinnedBlocks
 from retrieval.recheck import Queries, recheck_in_float32
 from retrieval.scoring import EncodedImages, EncodedTexts, score_pairs
 from transform.text import TokenizedText
@@ -133,7 +134,7 @@ def encode_texts(
     """Every process encodes all texts: 0.3 % of a COCO evaluation. Texts of one length go together, unpadded."""
     device, encoder = model.temp.device, model.text_encoder
     _, first, distinct = np.unique(captions.input_ids.numpy(), axis=0, return_index=True, return_inverse=True)
-    ids = captions.input_ids[torch.from_numpy(first)]  # (U, L), padded
+    ids = captions.input_ids.numpy()[first]  # (U, L), padded
     lengths = captions.attention_mask.sum(1).numpy()[first]  # (U,)
     start = np.cumsum(lengths) - lengths  # (U,) each text's first row of `states`
     feat = torch.empty(len(lengths), model.text_proj.out_features, dtype=model.temp.dtype, device=device)
@@ -142,7 +143,7 @@ def encode_texts(
         members = np.flatnonzero(lengths == length)
         for part in np.array_split(members, -(-len(members) * length // tokens_per_pass)):
             poll()
-            input_ids = ids[torch.from_numpy(part), :length].to(device)  # (P, length)
+            input_ids = on_device(device, ids[part, :length])  # (P, length)
             text = TokenizedText(input_ids, torch.ones_like(input_ids))
             with model.autocast():
                 unpadded = PlainTexts(attention_mask=None)
@@ -165,7 +166,7 @@ def encode_images(
     device = model.temp.device
     blocks = own_blocks(num_images, batch_size)
     feat = torch.zeros(num_images, model.vision_proj.out_features, dtype=model.temp.dtype, device=device)
-    tokens, stay = [], None
+    tokens, stay, pinned = [], None, PinnedBlocks(len(blocks))
     progress = Progress("encode images", sum(len(block) for block in blocks), "images")
     for block, pixels in zip(blocks, batches, strict=True):
         poll()
@@ -173,7 +174,7 @@ def encode_images(
         feat[block.start : block.stop] = model.image_feature(encoded)
         if stay is None:
             stay = _fits(encoded.nbytes * len(blocks), device)
-        tokens.append(encoded if stay else _to_pinned(encoded))
+        tokens.append(encoded if stay else pinned.take(encoded))
         progress.add(len(block))
     if not stay and device.type == "cuda":
         torch.cuda.synchronize(device)  # the copies to the host have arrived
@@ -187,10 +188,6 @@ def _fits(nbytes: int, device: torch.device) -> bool:
     return nbytes < (torch.cuda.mem_get_info(device)[0] + cached) // 2
 
 
-def _to_pinned(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-
-
 # ---- shortlists and the pairs they need ---------------------------------------------------------------------------
 
 
@@ -199,7 +196,7 @@ def shortlist(image_feat: Tensor, text_feat: Tensor, distinct: np.ndarray, k_tes
 
     Works in chunks: the N x M matrix never exists. Captions of one text have the same cosine, to the last bit.
     """
-    columns = torch.from_numpy(distinct).to(text_feat.device)
+    columns = on_device(text_feat.device, distinct)
     i2t, i2t_value = _top(image_feat, text_feat, k_test, columns)
     t2i, t2i_value = _top(text_feat, image_feat, k_test)
     return Shortlists(i2t, i2t_value, t2i[distinct], t2i_value[distinct])

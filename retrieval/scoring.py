@@ -13,14 +13,10 @@ from itertools import pairwise
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.arrangements import ScoringTexts, on_device, ranges
 from models.blip_retrieval import BLIP_Retrieval
 from utils import Progress, all_reduce_sum, never_stop
-
-# All but cuDNN's attention: it plans each new shape for tens of milliseconds, and here every pass has new shapes.
-KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -57,9 +53,10 @@ def score_pairs(
     scores = torch.zeros(len(image), dtype=model.temp.dtype, device=device)
     spans = [np.searchsorted(image, [block.start, block.stop]) for block in images.blocks]
     progress = Progress("re-rank", int(sum(end - begin for begin, end in spans)), "pairs")
-    with model.autocast(), sdpa_kernel(KERNELS):  # around all passes: the weights are cast once
+    with model.autocast():  # around all passes: the weights are cast once
         for block, tokens, (begin, end) in zip(images.blocks, images.tokens, spans, strict=True):
             tokens = tokens.to(device, non_blocking=True)
+            tokens = tokens.to(model.autocast_dtype or tokens.dtype)  # once, not in every product
             for part in _passes(texts.lengths[text[begin:end]], tokens_per_pass):
                 poll()
                 part = slice(begin + part.start, begin + part.stop)

@@ -40,6 +40,29 @@ def test_equals_padded_texts(captions, with_image):
         torch.testing.assert_close(tokens[0].grad, tokens[1].grad, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("layers", [1, 2])  # one: first tokens alone
+def test_a_popular_image_has_its_own_call(layers):
+    """One image of eight that most texts look at: the rectangle does not grow to its size, gradients are the same."""
+    image_of_text = [0, 1, 2, *[3] * 37, 4, 6, 6, 7]
+    text = tokenize(random_captions(len(image_of_text), torch.Generator().manual_seed(2)))
+    lengths = text.attention_mask.sum(1).tolist()
+    arrangement = TrainingTexts(lengths, CPU, image_of_text, 8)
+    assert [list(crowd.popular) for crowd in arrangement.crowds] == [[3], [3]]
+    popular = sum(length for length, image in zip(lengths, image_of_text, strict=True) if image == 3)
+    assert arrangement.crowds[0].size <= 8 * 4 * -(-sum(lengths) // 8) + popular
+    model = BertModel(tiny_med(encoder_width=48, num_hidden_layers=layers)).double()
+    tokens = torch.randn(8, 5, 48).double().requires_grad_()
+    results = []
+    for seen, texts in ((tokens[image_of_text], None), (tokens, arrangement)):
+        model.zero_grad()
+        tokens.grad = None
+        states = model(text, seen, texts, cls_only=True)
+        (states * torch.linspace(-1, 1, states.numel()).view_as(states)).sum().backward()
+        results.append((states, tokens.grad, *(p.grad for p in model.parameters() if p.grad is not None)))
+    for plain, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-12)
+
+
 def test_images_must_ascend_and_only_first_states_come_out():
     with pytest.raises(AssertionError, match="order"):
         TrainingTexts([2, 3], CPU, [1, 0], 2)

@@ -7,9 +7,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from configs.datasets import DATASETS
 from configs.schema import RetrievalConfig, load_config, resolve, save_config
+from training.preflight import with_precisions
 
 ROOT = Path(__file__).parent.parent
 ASSETS = ROOT / "tests" / "assets"
@@ -195,8 +197,8 @@ def test_unreadable_file_is_named(tmp_path):
         ("ann_root", 2014, "ann_root must be text"),
         ("ann_root", ["a"], "ann_root must be text"),
         ("vit", "bse", "vit must be one of base, large, huge, small, tiny, nano, clip_base"),
-        ("precision", "fp16", "precision must be one of fp32, tf32, bf16"),
-        ("eval_precision", "bf61", "eval_precision must be one of fp32, tf32, bf16"),
+        ("precision", "fp16", "precision must be one of auto, fp32, tf32, bf16"),
+        ("eval_precision", "bf61", "eval_precision must be one of auto, fp32, tf32, bf16"),
         ("on_bad_sample", "ignore", "on_bad_sample must be one of error, skip"),
         (
             "dataset",
@@ -318,3 +320,27 @@ def test_cheap_alternative_in_the_header_follows_its_rules(name):
     assert {key for key, _ in lines} >= set(keys) and (cfg.global_batch_size, cfg.ranks_emulated) == (32, 1)
     assert cfg.init_lr == pytest.approx(1e-5 * math.sqrt(32 / 256), rel=0.02)
     assert 1 - cfg.momentum == pytest.approx(1 - 0.995 ** (32 / 256), rel=0.01)
+
+
+# --- what `auto` comes to
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "training", "evaluation"),
+    [("cpu", None, "fp32", "fp32"), ("cuda", (9, 0), "tf32", "bf16"), ("cuda:1", (8, 0), "tf32", "bf16"),
+     ("cuda", (7, 5), "tf32", "fp32")],
+)  # fmt: skip
+def test_auto_is_float32_on_a_cpu_and_the_published_arithmetic_on_a_gpu(
+    monkeypatch, device, capability, training, evaluation
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    cfg = with_precisions(coco(), torch.device(device))
+    assert (cfg.precision, cfg.eval_precision) == (training, evaluation)
+    chosen = coco(precision="bf16", eval_precision="tf32")
+    assert with_precisions(chosen, torch.device(device)) == chosen
+
+
+def test_shipped_configs_leave_the_precision_to_the_device():
+    for path in SHIPPED:
+        cfg = load_config(path)
+        assert (cfg.precision, cfg.eval_precision) == ("auto", "auto"), path

@@ -69,6 +69,9 @@ SHM = RuntimeError("unable to write to file </torch_123_456_0>: No space left on
 WORDS = {
     "GPU memory": (OOM, ["batch_size_train 4", "vit_grad_ckpt", "bf16", "--dry_run", "the method stays the same"]),
     "GPU memory, cuBLAS": (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), ["batch_size_train"]),
+    "GPU memory, cuDNN": (RuntimeError("CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), ["lower it"]),
+    "GPU memory, driver": (RuntimeError("Triton Error [CUDA]: out of memory"), ["batch_size_train 4"]),
+    "GPU memory, plan": (RuntimeError("GET was unable to find an engine to execute this computation"), ["lower it"]),
     "host memory": (MemoryError(), ["memory is full", "num_workers 0", "batch_size_train 4"]),
     "host memory, torch": (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), ["memory is full"]),
     "host memory, fork": (OSError(errno.ENOMEM, "Cannot allocate memory"), ["memory is full", "num_workers"]),
@@ -94,6 +97,11 @@ def test_the_paragraph_names_the_remedy(tiny_run, name):
     assert [word for word in expected if word not in said] == [], said
     assert "\n" not in said and "Compile" not in said and "--resume auto" in said
     assert failures.explain(error, None)
+
+
+def test_full_gpu_memory_is_told_from_other_errors():
+    full = {name for name, (error, _) in WORDS.items() if failures.gpu_memory_is_full(error)}
+    assert full == {name for name in WORDS if name.startswith("GPU memory")}
 
 
 def test_what_a_loaders_worker_reports_is_without_its_traceback():

@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.blip.configuration_blip import BlipTextConfig
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from configs.sizes import load_med_config
-from models.arrangements import PlainTexts
+from models.arrangements import PlainTexts, TrainingTexts
 from models.med import BertModel
 from tests.conftest import random_captions, tiny_med
 from transform.text import tokenize
@@ -106,3 +107,45 @@ def test_bad_config_names_the_file_and_the_key(tmp_path, content, message):
 def test_the_published_config_loads():
     config = load_med_config("configs/med_config.json")
     assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (768, 12, 30524)
+
+
+@pytest.mark.parametrize("arranged", [False, True])
+def test_under_autocast_image_tokens_are_cast_once_and_nothing_changes(arranged):
+    """Against the layers in a loop, whose products cast for themselves: the same bits, gradients included."""
+    model = BertModel(tiny_med(encoder_width=48, num_hidden_layers=2))
+    text = tokenize(random_captions(4))
+    results = []
+    for by_hand in (True, False):
+        torch.manual_seed(1)
+        leaf = torch.randn(4, 7, 48).requires_grad_()
+        tokens = leaf.clone()  # autocast keeps casts of leaves by itself, as those of weights
+        lengths = text.attention_mask.sum(1).tolist()
+        texts = TrainingTexts(lengths, tokens.device, range(4), 4) if arranged else PlainTexts(text.attention_mask)
+        model.zero_grad()
+        cast = []
+        with torch.autocast("cpu", dtype=torch.bfloat16), _casts_of(tokens, cast):
+            if by_hand:
+                x = texts.pack(model.embeddings(text.input_ids))
+                for i, layer in enumerate(model.encoder.layer):
+                    x = layer.image_part(layer.text_part(x, texts, i == 1), texts, tokens)
+                states = texts.unpack(x)
+            else:
+                states = model(text, tokens, texts, cls_only=True)
+        states.float().square().sum().backward()
+        results.append((states, leaf.grad, *(p.grad for p in model.parameters() if p.grad is not None)))
+        assert len(cast) == (4 if by_hand else 1)
+    for by_hand, ours in zip(*results, strict=True):
+        assert torch.equal(by_hand, ours)
+
+
+class _casts_of(TorchDispatchMode):
+    """Notes each cast of a tensor of that shape."""
+
+    def __init__(self, tensor, cast):
+        super().__init__()
+        self.shape, self.cast = tensor.shape, cast
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and args[0].shape == self.shape:
+            self.cast.append(func)
+        return func(*args, **(kwargs or {}))

@@ -15,6 +15,7 @@ import torch
 from benchmarks.bench_evaluate import plant_gallery
 from benchmarks.published import published_matrices
 from retrieval.metrics import KS, places, retrieval_metrics
+from retrieval.pinned import PinnedBlocks, blocks_in_slab
 from retrieval.recheck import Queries, open_pairs, recheck_in_float32
 from retrieval.rerank import encode_images, encode_texts, needed_pairs, rerank, score_matrices, shortlist
 from retrieval.scoring import _passes, score_pairs
@@ -250,3 +251,37 @@ def test_open_pairs_by_hand():
     assert found(1, 1, 1, 1, 1, 0.0) == []  # rank 5 or 6
     known[4] = True
     assert found(1, 1, 1, 0.0, -0.05, 1) == [5]  # a known tie may or may not be ahead, so 5 decides
+
+
+@pytest.mark.parametrize(("block", "blocks"), [(113_442_816, 79), (151_257_088, 79), (151_257_088, 3), (900, 5)])
+def test_pinned_memory_is_not_rounded_up(block, blocks):
+    """torch takes the next power of two of each allocation; blocks of ViT-B, of ViT-L, and a few small ones."""
+
+    def rounded(size: int) -> int:
+        return 1 << (size - 1).bit_length()
+
+    left, taken = blocks, 0
+    while left:
+        count = blocks_in_slab(block, left)
+        taken += rounded(count * block)
+        left -= count
+    assert taken <= min(1.19 * block * blocks, rounded(block) * blocks)
+
+
+def test_pinned_blocks_keep_what_they_were_given(monkeypatch):
+    monkeypatch.setattr("retrieval.pinned.SLAB_BYTES", 1 << 9)
+    given = [torch.randn(3, 4, 5) for _ in range(7)] + [torch.randn(2, 4, 5)]
+    pinned = PinnedBlocks(len(given))
+    for x, kept in zip(given, [pinned.take(x) for x in given], strict=True):
+        assert torch.equal(kept, x)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_cudnns_attention_is_off_whatever_computes(before):
+    torch.backends.cuda.enable_cudnn_sdp(before)
+    try:
+        with precision(tiny_model(), "bf16"):
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.cudnn_sdp_enabled() == before
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)

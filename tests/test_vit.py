@@ -1,10 +1,16 @@
 """The image encoder against timm's own VisionTransformer, and activation checkpointing."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import timm
 import torch
 
 from models.vit import VisionTransformer
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("vit", ["tiny", "nano"])
@@ -70,3 +76,18 @@ def test_checkpointing_recomputes_only_the_last_blocks():
         block.mlp.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
     vit(torch.randn(1, 3, 32, 32)).sum().backward()
     assert calls == [1, 1, 1, 1, 2, 2]
+
+
+def test_fairscales_old_name_of_autocast_is_not_warned_of():
+    """Exactly that warning: others of the same library stay."""
+    code = """
+import warnings
+from models.vit import VisionTransformer
+import torch
+model = VisionTransformer("nano", 32, grad_ckpt=True, ckpt_layer=1)
+model(torch.randn(2, 3, 32, 32)).sum().backward()
+text = "`torch.cuda.amp.autocast(args...)` is deprecated."
+warnings.warn_explicit(text, FutureWarning, "a.py", 1, module="elsewhere")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr.count("deprecated") == 1 and "a.py:1" in done.stderr, done.stderr

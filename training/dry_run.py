@@ -23,7 +23,8 @@ from models.towers import start_from_towers
 from retrieval.rerank import encode_images, encode_texts
 from retrieval.scoring import score_pairs
 from training.compilation import compile_encoders
-from training.memory import auto_keep_graphs
+from training.failures import gpu_memory_is_full
+from training.memory import auto_keep_graphs, pool_of_texts, run_micro_batch
 from training.preflight import Job
 from training.schedule import build_optimizer
 from training.step import train_step
@@ -83,7 +84,7 @@ def dry_run(
         if isinstance(cfg.keep_graphs, int):
             kept = cfg.keep_graphs
         else:
-            kept = auto_keep_graphs(model, cfg.image_size, micro_batch, local, trial.optimizer)
+            kept = auto_keep_graphs(model, cfg.image_size, micro_batch, local, trial.optimizer, trial.pool)
         seconds, timed, megabytes = time_steps(trial, local, micro_batch, kept)
     rates = evaluation_rates(model.eval(), cfg, sizes)
     return [
@@ -132,6 +133,10 @@ class Trial(NamedTuple):
         self.model.zero_grad()
         train_step(self.model, image, text, idx, self.cfg.alpha, ranks, micro_batch, keep_graphs)
 
+    @property
+    def pool(self) -> int:
+        return pool_of_texts(self.model, self.cfg.global_batch_size, self.cfg.ranks_emulated)
+
     def update(self) -> None:
         average_gradients(self.model)
         self.optimizer.step()
@@ -170,10 +175,12 @@ def fitting_micro_batch(trial: Trial, local: int) -> tuple[int, str]:
         try:
             trial.gradients(min(2 * size, local), 1, size, 0)
             trial.update()  # allocates the optimizer's state before anything larger is tried
+            run_micro_batch(trial.model, trial.cfg.image_size, size, pool=trial.pool)
             torch.cuda.synchronize(trial.device)
             return True
-        except torch.OutOfMemoryError:
-            pass
+        except RuntimeError as error:
+            if not gpu_memory_is_full(error):
+                raise
         trial.model.zero_grad()
         torch.cuda.empty_cache()
         return False

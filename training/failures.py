@@ -11,13 +11,17 @@ from collections.abc import Iterator
 
 from configs.schema import RetrievalConfig
 
+GPU_MEMORY = (  # torch's own error; what CUDA, Triton, cuBLAS and cuDNN raise when they find no room for their own
+    r"OutOfMemoryError|CUDA.{0,20}out of memory|_STATUS_(\w+_)?ALLOC(ATION)?_FAILED"
+    r"|CUBLAS_STATUS_NOT_INITIALIZED when calling .cublasCreate|nable to find an engine to execute this computation"
+)
 RESUME = " A training run goes on from its last save with the same command and --resume auto."
 CONSEQUENCE = "another process of this run has ended"
 # First match counts. What matches: names of types and a pattern of the first line, in the error or in what caused it.
 # What to say: {line} is the error's own first line, other names are keys of the config.
 TABLE = (
     (
-        r"OutOfMemoryError|CUDA out of memory|CUDA error: out of memory|_STATUS_ALLOC_FAILED",
+        GPU_MEMORY,
         "the GPU's memory is full at batch_size_train {batch_size_train}: lower it (it is the micro-batch: the method "
         "stays the same), or set vit_grad_ckpt true, or precision bf16; --dry_run finds the largest that fits. In an "
         "evaluation, lower batch_size_test or rerank_tokens. nvidia-smi shows other programs on this GPU." + RESUME,
@@ -70,12 +74,21 @@ def explain(error: BaseException, cfg: RetrievalConfig | None) -> str:
     """The paragraph for an error, '' for one that nobody foresaw; `cfg` is None while there is none."""
     if isinstance(error, ValueError):
         return own_words(error)  # written for the user where it was raised
-    texts = [" ".join([*kinds(each), first_line(each)]) for each in chain(error)]
+    texts = described(error)
     for pattern, words in TABLE:
         if any(re.search(pattern, text) for text in texts) and not any(re.search(OURS, text) for text in texts):
             keys = {key: getattr(cfg, key, "") for key in ("batch_size_train", "num_workers")}
             return words.format(line=first_line(error).rstrip("."), **keys)
     return own_words(error) if isinstance(error, OSError) else ""
+
+
+def gpu_memory_is_full(error: BaseException) -> bool:
+    return any(re.search(GPU_MEMORY, text) for text in described(error))
+
+
+def described(error: BaseException) -> list[str]:
+    """Names of types and first line, of the error and of what it was raised from."""
+    return [" ".join([*kinds(each), first_line(each)]) for each in chain(error)]
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:

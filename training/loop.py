@@ -24,7 +24,7 @@ from retrieval.provenance import RANDOM, Origin, log_head
 from retrieval.rankings import Rankings, save_rankings
 from training.compilation import compile_encoders
 from training.journal import Journal, read_log
-from training.memory import auto_keep_graphs
+from training.memory import auto_keep_graphs, pool_of_texts
 from training.monitor import EpochMonitor, RunClock, TrainingWarnings
 from training.preflight import LOG, Job
 from training.schedule import build_optimizer, ramped_alpha, set_lr
@@ -293,8 +293,9 @@ def count_kept_graphs(model: BLIP_Retrieval, cfg: RetrievalConfig, optimizer: to
     if isinstance(cfg.keep_graphs, int):
         return cfg.keep_graphs
     samples = cfg.global_batch_size // get_world_size()
+    pool = pool_of_texts(model, cfg.global_batch_size, cfg.ranks_emulated)
     with precision(model, cfg.precision):
-        return auto_keep_graphs(model, cfg.image_size, cfg.batch_size_train, samples, optimizer)
+        return auto_keep_graphs(model, cfg.image_size, cfg.batch_size_train, samples, optimizer, pool)
 
 
 def compute_gradients(

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from checkpoints.runs import RunState
 from configs.schema import TEMP_RANGE
 from data.retrieval import TrainBatch
+from models.arrangements import on_device
 from models.itm import NO_NEGATIVE
 from training.journal import Journal
 from training.step import StepReport
@@ -150,7 +152,7 @@ class EpochMonitor:
     ) -> None:
         """Take a step's report (this process's share), its gradient norm, its batch, and whether to stop."""
         terms = torch.stack([*report.by_rank.values()]).double()  # (terms, R)
-        flags = torch.tensor([float(stop), float(batch.skipped)], dtype=torch.float64, device=self.device)
+        flags = on_device(self.device, np.array([float(stop), float(batch.skipped)]))
         shared = all_reduce_sum(torch.cat([terms.flatten(), report.starved.double()[None], flags]))
         means = shared[:-3].view_as(terms).mean(1)  # (terms,)
         self.done += 1

@@ -3,7 +3,7 @@
 import argparse
 import os
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +24,7 @@ from data.windows import window_warnings
 from models.blip_retrieval import BLIP_Retrieval, build_model
 from models.towers import Plan, plan_model
 from training.recipe import check_disk, check_recipe, require_negatives
-from utils import is_main
+from utils import choose_precision, is_main
 
 LOG = "log.txt"  # of a run folder: one JSON line an epoch
 
@@ -49,6 +49,12 @@ class Job:
     def config(self) -> dict[str, Any]:
         """What decides the numbers of a run, in plain values; it goes into every checkpoint."""
         return asdict(self.cfg) | {"seed": self.args.seed}
+
+
+def with_precisions(cfg: RetrievalConfig, device: torch.device) -> RetrievalConfig:
+    """The config with the precisions that `auto` means on this device."""
+    training, evaluation = (choose_precision(cfg.precision, device), choose_precision(cfg.eval_precision, device, True))
+    return replace(cfg, precision=training, eval_precision=evaluation)
 
 
 def preflight(cfg: RetrievalConfig, args: argparse.Namespace) -> tuple[Job, Findings]:
