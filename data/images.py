@@ -1,6 +1,6 @@
 """Pictures by name, out of a folder or a .zip: the same RGB pixels as BLIP's `Image.open(path).convert('RGB')`.
 
-Where that line crashes or gives nonsense (16-bit greyscale, floats, bombs, truncated files): `transform.image.to_rgb`
+Where that line crashes or gives nonsense (16-bit greyscale, floats, bombs, truncated files): `transform.rgb.to_rgb`
 and `ImageStore.load`.
 """
 
@@ -21,7 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from configs.datasets import DATASETS
 from configs.schema import RetrievalConfig
 from data.scenes import ARCHIVE
-from transform.image import AS_BLIP, PixelRule, to_rgb
+from transform.rgb import AS_BLIP, PixelRule, to_rgb
 from utils import find_path
 
 ORIENTATION = 0x0112  # in EXIF

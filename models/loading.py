@@ -26,7 +26,8 @@ from configs.sizes import VIT_SIZES, MedConfig, load_med_config
 from models.arrangements import TrainingTexts
 from models.blip_retrieval import BLIP_Retrieval
 from models.gradcam import Heatmap, word_heatmap
-from transform.image import AS_BLIP, PixelRule, eval_transform, to_rgb
+from transform.image import eval_transform
+from transform.rgb import AS_BLIP, PixelRule, to_rgb
 from transform.text import TokenizedText, clean_caption, tokenize
 from utils import find_path, precision
 

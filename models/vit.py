@@ -83,7 +83,7 @@ class VisionTransformer(nn.Module):
     def forward(self, image: Tensor, cls_only: bool = False) -> Tensor:
         """(b, 3, S, S) -> (b, N, V); with cls_only (b, 1, V): the last block computes nothing else."""
         x = self.patch_embed(image)  # (b, N - 1, V)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed  # (b, N, V)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed  # (b, N, V)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         for block in self.blocks[:-1]:

@@ -26,8 +26,9 @@ MAX_TOKENS = 35
 VOCAB_FILE = Path(__file__).with_name("bert-base-uncased-vocab.txt")
 VOCAB_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
 
-_PUNCTUATION = re.compile(r"[.!\"()*#:;~]")
-_SPACES = re.compile(r"\s{2,}")
+# What becomes what in a lower-case caption, one after the other. As in BLIP only runs of two or more whitespace
+# characters become one space, so that at most one is left at either end: a single tab or newline inside stays.
+CLEANING = tuple((re.compile(old), new) for old, new in ((r"[.!\"()*#:;~]", " "), (r"\s{2,}", " "), (r"^ |[ \n]$", "")))
 
 
 class TokenizedText(NamedTuple):
@@ -51,12 +52,10 @@ class TokenizedText(NamedTuple):
 
 
 def clean_caption(caption: str, max_words: int = MAX_WORDS) -> str:
-    """The caption in lower case, without BLIP's list of punctuation, cut to `max_words` words.
-
-    As in BLIP only runs of two or more whitespace characters become one space: a single tab or newline stays.
-    """
-    text = _PUNCTUATION.sub(" ", caption.lower())
-    text = _SPACES.sub(" ", text).rstrip("\n").strip(" ")
+    """The caption in lower case, without BLIP's list of punctuation, cut to `max_words` words."""
+    text = caption.lower()
+    for old, new in CLEANING:
+        text = old.sub(new, text)
     return " ".join(text.split(" ")[:max_words])
 
 
