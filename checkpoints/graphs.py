@@ -89,12 +89,12 @@ def write_graphs(
         made.mkdir()
         for part in parts:  # a generator: one copy of an encoder at a time
             start, path = time.monotonic(), made / f"{part.name}{SUFFIX[kind]}"
+            log.info("%s: tracing, writing, comparing", path.name)
             WRITERS[kind](part.eval().requires_grad_(False), path)
             found = compare(RUNNERS[kind](path), part, model, exact)
             seconds, size = time.monotonic() - start, path.stat().st_size / 1e6
             lines.append(f"{path.name}: {size:.1f} MB, {seconds:.0f} s, largest difference {_in_words(found)}")
             differences |= {f"{part.name}.{output}": difference for output, (difference, _) in found.items()}
-            log.info("%s", lines[-1])
             progress.add(1)
         write_vocabulary(made)
         text = json.dumps(preprocess | {"largest_difference": differences}, indent=2) + "\n"

@@ -1,5 +1,6 @@
 """Exported graphs: equal to the model at any size, consumed without torch, whole or not on the disk at all."""
 
+import copy
 import importlib
 import json
 import subprocess
@@ -181,7 +182,9 @@ def test_what_lies_beside_the_graphs(folder):
 # ---- the exporter ---------------------------------------------------------------------------------------------------
 
 
-def small_model():
+@pytest.fixture
+def small_model(folder):
+    """A model of the table that `folder` has added to."""
     torch.manual_seed(0)
     med = tiny_med(hidden_size=32, num_hidden_layers=1, max_position_embeddings=40)
     return tiny_model(vit="atom", image_size=60, patch_size=20, med_config=med).eval().requires_grad_(False)
@@ -189,42 +192,42 @@ def small_model():
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("kind", ["onnx", "export2"])
-def test_half_precision_says_its_error(folder, tmp_path, kind, precision):
-    model, dtype = small_model(), exported.DTYPES[precision]
-    parts = [ImagePart(model, dtype, kind == "onnx" and precision == "bf16")]
+def test_half_precision_says_its_error(small_model, tmp_path, kind, precision):
+    model, dtype = small_model, exported.DTYPES[precision]
+    parts = [TextPart(model, dtype, kind == "onnx" and precision == "bf16")]
     lines = write_graphs(tmp_path / "half", kind, parts, model, {}, exact=False)
-    difference = json.loads((tmp_path / "half" / "preprocess.json").read_text())["largest_difference"]["image.tokens"]
-    assert f"largest difference tokens {difference:.1e}" in lines[0]
-    assert 1e-4 < difference < 0.2
-    half = (tmp_path / "half" / f"image{graphs.SUFFIX[kind]}").stat().st_size
-    assert half < 0.75 * (folder / ("onnx" if kind == "onnx" else "pt2") / f"image{graphs.SUFFIX[kind]}").stat().st_size
+    difference = json.loads((tmp_path / "half" / "preprocess.json").read_text())["largest_difference"]["text.feature"]
+    assert f"largest difference feature {difference:.1e}" in lines[0]
+    assert 1e-5 < difference < 0.1
+    half = (tmp_path / "half" / f"text{graphs.SUFFIX[kind]}").stat().st_size
+    assert half < 0.6 * sum(p.numel() * 4 for p in parts[0].parameters())
 
 
-def test_stored_only_rounds_weights_and_computes_in_float32():
-    model = small_model()
+def test_stored_only_rounds_weights_and_computes_in_float32(small_model):
+    model = small_model
     text = TokenizedText(torch.tensor([[101, 7, 102]]), torch.ones(1, 3, dtype=torch.int64))
-    got = Encoder(small_model().text_encoder, torch.bfloat16, stored_only=True)(text, cls_only=True)
+    got = Encoder(copy.deepcopy(model.text_encoder), torch.bfloat16, stored_only=True)(text, cls_only=True)
     with torch.no_grad():
         for parameter in model.text_encoder.parameters():
             parameter.copy_(parameter.bfloat16())
         torch.testing.assert_close(got, model.text_encoder(text, cls_only=True), rtol=0, atol=0)
 
 
-def test_a_graph_that_computes_something_else_is_not_written(folder, tmp_path, monkeypatch):
+def test_a_graph_that_computes_something_else_is_not_written(small_model, tmp_path):
     class Wrong(ImagePart):
         def forward(self, image):
             tokens, feature = super().forward(image)
             return tokens * 1.001, feature
 
-    model = small_model()
+    model = small_model
     parts = [TextPart(model, torch.float32, False), Wrong(model, torch.float32, False)]
     with pytest.raises(ValueError, match="image: tokens differs from the model's by 0.00.*Nothing was written"):
         write_graphs(tmp_path / "new", "export2", parts, model, {}, exact=True)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_part_is_compared_at_other_sizes_than_traced():
-    model, seen = small_model(), []
+def test_every_part_is_compared_at_other_sizes_than_traced(small_model):
+    model, seen = small_model, []
     part = MatchPart(model, torch.float32, False)
 
     def run(*inputs):
@@ -239,14 +242,12 @@ def test_every_part_is_compared_at_other_sizes_than_traced():
         compare(lambda *inputs: [np.zeros((2, 2))], part, model, exact=False)
 
 
-def test_masked_tokens_do_not_count(folder):
-    """Examples have padding, so that a graph which ignored its mask would be noticed."""
-    model = small_model()
+def test_a_graph_that_ignored_its_mask_would_be_noticed(small_model):
+    model = small_model
     ids, mask = TextPart(model, torch.float32, False).example(5, 35)
     assert mask[0].all() and not mask.all() and (mask.sum(1) >= 2).all()
-    noticed = (model.text_feature(model.encode_text(TokenizedText(ids, x))) for x in (mask, torch.ones_like(mask)))
-    a, b = noticed
-    assert (a - b).abs().max() > 1e-3
+    masked, full = (model.text_feature(model.encode_text(TokenizedText(ids, x))) for x in (mask, torch.ones_like(mask)))
+    assert (masked - full).abs().max() > 1e-3
 
 
 def test_a_full_disk_leaves_nothing(folder, tmp_path, monkeypatch, capsys):
@@ -257,6 +258,20 @@ def test_a_full_disk_leaves_nothing(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(graphs.WRITERS, "export2", full)
     assert main(["export2", str(folder / "run"), str(tmp_path / "new")]) == 2
     assert "No space left" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_the_config_gives_what_the_file_does_not_say(folder, tmp_path, capsys):
+    data = torch.load(folder / "run" / "checkpoint_best.pth")
+    torch.save({"model": data["model"]}, tmp_path / "bare.pth")
+    assert main(["export2", str(tmp_path / "bare.pth"), str(tmp_path / "new")]) == 2
+    assert "give --config" in capsys.readouterr().err
+    med = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    (tmp_path / "med.json").write_text(json.dumps(med | {"max_position_embeddings": 40}))
+    text = f"dataset: scenes\nimage_root: x\nvit: atom\npatch_size: 20\nimage_size: 80\nembed_dim: 32\nmed_config: {tmp_path}/med.json\n"
+    (tmp_path / "c.yaml").write_text(text)
+    args = ["export2", str(tmp_path / "bare.pth"), str(tmp_path / "new"), "--config", str(tmp_path / "c.yaml")]
+    assert main(args) == 0, capsys.readouterr().err
+    assert json.loads((tmp_path / "new" / "preprocess.json").read_text())["image"]["size"] == 80
 
 
 def test_what_is_there_is_not_mixed_with(folder, tmp_path, capsys):
