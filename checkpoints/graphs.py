@@ -37,7 +37,7 @@ SUFFIX = {"onnx": ".onnx", "export2": ".pt2"}
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 ABSENT = "ONNX needs {}, which is not installed: pip install -r requirements-export.txt"
 TRACED = (2, 8)  # batch and text length; neither 1, which torch would take for a constant
-VERIFIED = ((1, 2), (5, MAX_TOKENS))
+VERIFIED = ((1, 2), (3, MAX_TOKENS))
 TOLERANCE = 1e-4  # of float32, relative to the largest value
 
 
