@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,21 +73,28 @@ def require_new(folder: Path) -> None:
 
 
 def write_graphs(
-    folder: Path, kind: str, parts: Iterable[Part], model: nn.Module, preprocess: dict[str, Any], exact: bool
+    folder: Path,
+    kind: str,
+    parts: Sequence[Callable[[], Part]],
+    model: nn.Module,
+    preprocess: dict[str, Any],
+    exact: bool,
 ) -> list[str]:
     """Write and verify a new `folder`, all of it or nothing; lines that say how near the graphs are to the model.
 
-    ValueError when a graph computes something else: more than TOLERANCE if `exact`, or values that are not finite.
+    Parts are made when their turn comes, so that one copy of an encoder is in memory at a time. ValueError when a graph
+    computes something else: more than TOLERANCE if `exact`, or values that are not finite.
     """
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     lines: list[str] = []
     differences: dict[str, float] = {}
-    progress = Progress(f"export to {folder.name}", 3, "graphs")
+    progress = Progress(f"export to {folder.name}", len(parts), "graphs")
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.part") as part_folder:
         made = Path(part_folder, folder.name)
         made.mkdir()
-        for part in parts:  # a generator: one copy of an encoder at a time
+        for make in parts:
+            part = make()
             start, path = time.monotonic(), made / f"{part.name}{SUFFIX[kind]}"
             log.info("%s: tracing, writing, comparing", path.name)
             WRITERS[kind](part.eval().requires_grad_(False), path)

@@ -8,6 +8,7 @@ Shapes: b images or texts, S pixels a side, N image tokens, V image width, L tex
 """
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ def export(blip: Blip, kind: str, folder: Path, precision: str, threshold: float
     """
     model, dtype = blip.model, DTYPES[precision]
     stored_only = kind == "onnx" and dtype == torch.bfloat16
-    parts = (part(model, dtype, stored_only) for part in (ImagePart, TextPart, MatchPart))
+    parts = [partial(part, model, dtype, stored_only) for part in (ImagePart, TextPart, MatchPart)]
     source = {"checkpoint": Path(checkpoint).name, "weights_sha256": weights_sha256(model), "precision": precision}
     preprocess = preparation(model.image_size, blip.rule, threshold, source)
     with torch.random.fork_rng():
