@@ -1,8 +1,10 @@
-"""Checkpoints from the command line: say what a file holds, convert to and from Hugging Face.
+"""Checkpoints from the command line: say what a file holds, convert to and from Hugging Face, export graphs.
 
 python -m checkpoints inspect FILE                                what a file or folder of any format holds
 python -m checkpoints export CHECKPOINT FOLDER [--config YAML]    to a BlipForImageTextRetrieval folder
 python -m checkpoints import FOLDER CHECKPOINT                    from one
+python -m checkpoints onnx CHECKPOINT FOLDER [--precision fp16]   graphs for onnxruntime, with a consumer without torch
+python -m checkpoints export2 CHECKPOINT FOLDER                   the same graphs for torch.export (.pt2)
 """
 
 import argparse
@@ -12,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.files import few
+from checkpoints.graphs import SUFFIX, require_new, require_packages
 from checkpoints.huggingface import read_folder, write_folder
 from checkpoints.load import LoadReport, fit, open_weights
+from checkpoints.model_card import model_card
 from checkpoints.runs import write_atomically
-from checkpoints.weights import QUEUES, TWINS, read_sizes, state_sha256
-from models.loading import empty_model, file_sizes
+from checkpoints.weights import QUEUES, TWINS, read_sizes, state_sha256, weights_sha256
+from models.loading import empty_model, file_sizes, load
 from utils import setup_logging
 
 
@@ -44,6 +48,21 @@ def import_folder(folder: Path, path: Path) -> LoadReport:
     said: dict[str, Any] = {key: file.extra[key] for key in ("text_config", "tokenizer") if key in file.extra}
     write_atomically({"model": state, "config": config | file.extra.get("config", {}), **said}, path)
     return report
+
+
+def export_graphs(kind: str, source: str, folder: Path, config: str = "", precision: str = "fp32") -> list[str]:
+    """Write image, text and match as `kind` (onnx, export2) to a new folder; lines about sizes and differences."""
+    require_packages(kind)
+    require_new(folder)
+    from models.exported import export
+    from retrieval.threshold import kept_threshold
+
+    blip = load(source, config=config)
+    sha256 = weights_sha256(blip.model)
+    file = open_weights(source)
+    words = f"Graphs for {'onnxruntime' if kind == 'onnx' else 'torch.export'}, {precision}; use.py shows their use."
+    card = model_card(file, read_sizes(file.state, file.name, blip.model.vit), sha256, words)
+    return export(blip, kind, folder, precision, kept_threshold(source, sha256), source, card)
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -92,6 +111,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     importing = commands.add_parser("import", help="write a Hugging Face folder as a checkpoint")
     importing.add_argument("folder", metavar="FOLDER", type=Path)
     importing.add_argument("path", metavar="CHECKPOINT", type=Path)
+    for kind, what in (("onnx", "ONNX"), ("export2", "torch.export (.pt2)")):
+        graphs = commands.add_parser(kind, help=f"write image, text and match as {what}, and a consumer")
+        graphs.add_argument("source", metavar="CHECKPOINT")
+        graphs.add_argument("folder", metavar="FOLDER", type=Path)
+        graphs.add_argument("--config", default="", metavar="YAML", help="gives image_size and med_config")
+        graphs.add_argument("--precision", default="fp32", choices=("fp32", "fp16", "bf16"), help="of the encoders")
     args = parser.parse_args(argv)
     setup_logging()
     try:
@@ -99,6 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\n".join(describe(args.source)))
         elif args.command == "export":
             print(f"{args.folder}: {export_folder(args.source, args.folder, args.config)}")
+        elif args.command in SUFFIX:
+            lines = export_graphs(args.command, args.source, args.folder, args.config, args.precision)
+            print("\n".join([f"{args.folder}: {args.command}, {args.precision}", *lines]))
         else:
             print(f"{args.path}: {import_folder(args.folder, args.path)}")
     except (ValueError, OSError) as error:

@@ -1,6 +1,6 @@
 """Pictures by name, out of a folder, a .zip or shards: the same RGB pixels as BLIP's `Image.open(path).convert('RGB')`.
 
-Where that line crashes or gives nonsense (16-bit greyscale, floats, bombs, truncated files): `transform.image.to_rgb`
+Where that line crashes or gives nonsense (16-bit greyscale, floats, bombs, truncated files): `transform.rgb.to_rgb`
 and `ImageStore.load`.
 """
 
@@ -24,7 +24,7 @@ from data.cache import open_cache
 from data.scenes import ARCHIVE
 from data.shards import Shards, is_shards, open_shards
 from data.tars import ShardError
-from transform.image import AS_BLIP, PixelRule, to_rgb
+from transform.rgb import AS_BLIP, PixelRule, to_rgb
 from utils import find_path
 
 ORIENTATION = 0x0112  # in EXIF

@@ -166,11 +166,11 @@ class BLIP_Retrieval(nn.Module):
 
     def image_feature(self, image_tokens: Tensor) -> Tensor:
         """(b, N, V) -> unit-length embedding of [CLS] (b, E), float32 or wider."""
-        return _feature(self.vision_proj, image_tokens)
+        return unit_feature(self.vision_proj, image_tokens)
 
     def text_feature(self, text_states: Tensor) -> Tensor:
         """(b, L, D) -> unit-length embedding of [CLS] (b, E), float32 or wider."""
-        return _feature(self.text_proj, text_states)
+        return unit_feature(self.text_proj, text_states)
 
     def match(self, text: TokenizedText, image_tokens: Tensor, arrangement: WholeArrangement | None = None) -> Tensor:
         """Matching logits (P, 2), [:, 1] = match, of texts (P, L) and images (P, N, V).
@@ -218,7 +218,7 @@ class BLIP_Retrieval(nn.Module):
         with self.autocast():
             image_tokens = _run_vit(self.visual_encoder_m, image, cls_only=True)
             text_states = self.text_encoder_m(text, arrangement=arrangement, cls_only=True)
-        return _feature(self.vision_proj_m, image_tokens), _feature(self.text_proj_m, text_states)
+        return unit_feature(self.vision_proj_m, image_tokens), unit_feature(self.text_proj_m, text_states)
 
     @torch.no_grad()
     def clamp_temp(self) -> None:
@@ -246,7 +246,8 @@ def _run_vit(encoder: VisionTransformer, image: Tensor, cls_only: bool) -> Tenso
     return encoder(image, cls_only) if image.dim() == 4 else encoder.upper(image, cls_only)
 
 
-def _feature(proj: nn.Linear, states: Tensor) -> Tensor:
+def unit_feature(proj: nn.Linear, states: Tensor) -> Tensor:
+    """First of states (b, n, V or D), projected in the precision of `proj`, of unit length: (b, E)."""
     return F.normalize(proj(states[:, 0].to(proj.weight.dtype)), dim=-1)
 
 

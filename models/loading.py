@@ -26,7 +26,8 @@ from configs.sizes import VIT_SIZES, MedConfig, load_med_config
 from models.arrangements import TrainingTexts
 from models.blip_retrieval import BLIP_Retrieval
 from models.gradcam import Heatmap, word_heatmap
-from transform.image import AS_BLIP, MEAN, STD, PixelRule, eval_transform, to_rgb
+from transform.image import MEAN, STD, eval_transform
+from transform.rgb import AS_BLIP, PixelRule, to_rgb
 from transform.text import CaptionTokenizer, TokenizedText
 from utils import find_path, precision
 
@@ -91,6 +92,7 @@ class Blip:
     ):
         """`colours`: mean and standard deviation that pixels are normalised by."""
         self.model, self.precision, self.batch_size, self.rule = model, precision, batch_size, rule
+        self.colours = colours
         self.transform = eval_transform(model.image_size, *colours)
 
     def pixels(self, images: Picture | Sequence[Picture]) -> Tensor:

@@ -102,7 +102,7 @@ class VisionTransformer(nn.Module):
     def stem(self, image: Tensor) -> Tensor:
         """(b, 3, S, S) -> (b, N, V): embeddings and the lowest `stem_depth` blocks, which are frozen."""
         x = self.patch_embed(image)  # (b, N - 1, V)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed  # (b, N, V)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed  # (b, N, V)
         return self._run(self.blocks[: self.stem_depth], self.norm_pre(x))
 
     def upper(self, x: Tensor, cls_only: bool = False) -> Tensor:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from data.images import ImageStore, missing_message
-from transform.image import AS_BLIP, PixelRule
+from transform.rgb import AS_BLIP, PixelRule
 from utils import REPOSITORY, find_path
 
 

@@ -1,5 +1,8 @@
 """Captions: cleaning as in BLIP, ids of BERT's uncased vocabulary and of [DEC] and [ENC], limits, a damaged file."""
 
+import random
+import re
+
 import pytest
 import torch
 
@@ -56,6 +59,20 @@ def test_known_ids(caption, ids):
     batch = tokenize([caption])
     assert batch.input_ids.tolist() == [[101, *ids, 102]]
     assert batch.attention_mask.tolist() == [[1] * (len(ids) + 2)]
+
+
+def test_clean_caption_is_blips_on_random_strings():
+    def pre_caption(caption, max_words=30):  # BLIP's own lines
+        caption = re.sub(r"([.!\"()*#:;~])", " ", caption.lower())
+        caption = re.sub(r"\s{2,}", " ", caption)
+        caption = caption.rstrip("\n").strip(" ")
+        words = caption.split(" ")
+        return " ".join(words[:max_words]) if len(words) > max_words else caption
+
+    rng = random.Random(0)
+    for _ in range(5000):
+        caption = "".join(rng.choices("aB.! \n\t\r\x85", k=rng.randint(0, 12)))
+        assert clean_caption(caption) == pre_caption(caption), repr(caption)
 
 
 def test_special_ids():

@@ -34,8 +34,9 @@ VOCAB_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3
 REQUIRED = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # in a BERT's vocabulary, the first of them first
 VOCABULARY, TOKENIZER, TOKENIZER_CONFIG = "vocab.txt", "tokenizer.json", "tokenizer_config.json"  # files of a folder
 
-_PUNCTUATION = re.compile(r"[.!\"()*#:;~]")
-_SPACES = re.compile(r"\s{2,}")
+# What becomes what in a lower-case caption, one after the other. As in BLIP only runs of two or more whitespace
+# characters become one space, so that at most one is left at either end: a single tab or newline inside stays.
+CLEANING = tuple((re.compile(old), new) for old, new in ((r"[.!\"()*#:;~]", " "), (r"\s{2,}", " "), (r"^ |[ \n]$", "")))
 
 
 class TokenizedText(NamedTuple):
@@ -59,12 +60,10 @@ class TokenizedText(NamedTuple):
 
 
 def clean_caption(caption: str, max_words: int = MAX_WORDS, lower_case: bool = True) -> str:
-    """The caption in lower case, without BLIP's list of punctuation, cut to `max_words` words.
-
-    As in BLIP only runs of two or more whitespace characters become one space: a single tab or newline stays.
-    """
-    text = _PUNCTUATION.sub(" ", caption.lower() if lower_case else caption)
-    text = _SPACES.sub(" ", text).rstrip("\n").strip(" ")
+    """The caption in lower case, without BLIP's list of punctuation, cut to `max_words` words."""
+    text = caption.lower() if lower_case else caption
+    for old, new in CLEANING:
+        text = old.sub(new, text)
     return " ".join(text.split(" ")[:max_words])
 
 
