@@ -95,7 +95,8 @@ def pictures(tmp_path_factory) -> list[Path]:
 
 def test_recall_on_scenes_without_torch_is_the_models(folder):
     cfg = RetrievalConfig(dataset="scenes", image_root=str(folder / "scenes"), ann_root=str(folder / "scenes"),
-                          image_size=60, patch_size=20, k_test=4, batch_size_test=100, num_workers=0)  # fmt: skip
+                          image_size=60, patch_size=20, k_test=4, batch_size_test=100, num_workers=0,
+                          eval_precision="fp32")  # fmt: skip
     table = load_annotations(cfg, "test")
     assert (len(table.images), len(table.captions)) == (500, 1500)
     wanted, kept = evaluate(load(folder / "run").model, cfg, table, "test")
