@@ -85,7 +85,9 @@ class RetrievalConfig:
     text_tower: str = knob("", "BERT to start from: a Hugging Face folder, or a file in one")
     finetuned: str = knob("", "checkpoint that --evaluate loads; '' = `pretrained`, as with BLIP's own YAML files")
     cache_dir: str = knob("", "folder for downloaded checkpoints and fetched shards; '' = that of torch.hub")
-    vit: str = knob("base", "size of the image encoder; auto: as in the weights", choices=ChainMap({AUTO: None}, VIT_SIZES))
+    vit: str = knob(
+        "base", "size of the image encoder; auto: as in the weights", choices=ChainMap({AUTO: None}, VIT_SIZES)
+    )
     patch_size: int = knob(16, "side of an image patch in pixels; released checkpoints have 16", 1)
     image_size: int = knob(384, "side of the square input image in pixels, a multiple of patch_size", 1)
     image_mean: list = knob(None, "of normalisation, red green blue; null = the tower's or checkpoint's, BLIP's")

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.bench_evaluate import plant_gallery
 from benchmarks.published import published_matrices
+from retrieval import scoring
 from retrieval.metrics import KS, places, retrieval_metrics
 from retrieval.pinned import PinnedBlocks, blocks_in_slab
 from retrieval.recheck import Queries, open_pairs, recheck_in_float32
@@ -83,6 +84,16 @@ def test_each_needed_pair_once():
     assert list(zip(pairs.image.tolist(), pairs.text.tolist(), strict=True)) == sorted(
         (int(i), int(t)) for i, t in wanted
     )
+
+
+def test_passes_on_a_cpu_stay_in_its_cache(monkeypatch):
+    model = tiny_model().eval()
+    pixels, captions = gallery(7, 20)
+    tokens, score = [], scoring._score
+    monkeypatch.setattr(scoring, "CPU_TOKENS", 50)
+    monkeypatch.setattr(scoring, "_score", lambda *args: tokens.append(args[3].lengths[args[4]].sum()) or score(*args))
+    rerank(model, [pixels], 7, captions, 5, batch_size=7, tokens_per_pass=10**6)
+    assert len(tokens) > 3 and max(tokens) <= 50 + 35
 
 
 def test_passes_cover_everything_and_hold_the_bound():
