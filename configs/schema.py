@@ -41,6 +41,7 @@ KIND_NAMES = {
     dict: "keys and values",
 }
 AUTO = "auto"  # of `vit` and `med_config`: what the weights that are loaded say
+VITS = ChainMap[str, Any]({AUTO: None}, VIT_SIZES)  # what `vit` may be
 FREEZE = re.compile(r"(image|text)(:\d+)?")
 LORA_KEYS = ("rank", "alpha", "targets")
 LORA_TARGETS = (
@@ -85,9 +86,7 @@ class RetrievalConfig:
     text_tower: str = knob("", "BERT to start from: a Hugging Face folder, or a file in one")
     finetuned: str = knob("", "checkpoint that --evaluate loads; '' = `pretrained`, as with BLIP's own YAML files")
     cache_dir: str = knob("", "folder for downloaded checkpoints and fetched shards; '' = that of torch.hub")
-    vit: str = knob(
-        "base", "size of the image encoder; auto: as in the weights", choices=ChainMap({AUTO: None}, VIT_SIZES)
-    )
+    vit: str = knob("base", "size of the image encoder; auto: as in the weights", choices=VITS)
     patch_size: int = knob(16, "side of an image patch in pixels; released checkpoints have 16", 1)
     image_size: int = knob(384, "side of the square input image in pixels, a multiple of patch_size", 1)
     image_mean: list = knob(None, "of normalisation, red green blue; null = the tower's or checkpoint's, BLIP's")
