@@ -15,6 +15,7 @@ import train_retrieval
 from checkpoints.load import LoadReport
 from configs.schema import load_config
 from data.findings import Findings
+from models.towers import plan_model
 from training import loop
 
 ROOT = Path(__file__).parent.parent
@@ -81,6 +82,7 @@ def test_evaluate_loads_finetuned_before_pretrained(tiny_run, monkeypatch):
         "retrieval.evaluate.load_pretrained", lambda model, source, cache_dir: loaded.append(source) or LoadReport()
     )
     monkeypatch.setattr("training.preflight.check_checkpoint", lambda *_: Findings())
+    monkeypatch.setattr("training.preflight.plan_model", lambda cfg, source: plan_model(cfg))
     run(tiny_run, "--evaluate", "--set", "pretrained=p.pth")
     run(tiny_run, "--evaluate", "--set", "pretrained=p.pth", "finetuned=f.pth")
     assert loaded == ["p.pth", "f.pth"]

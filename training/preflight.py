@@ -3,6 +3,7 @@
 import argparse
 import os
 import warnings
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from checkpoints.download import RELEASED, cache_folder
+from checkpoints.files import DamagedFile
 from checkpoints.load import fit, load_pretrained, open_weights
 from checkpoints.runs import BEST, find_runs
 from configs.datasets import SPLITS
@@ -59,12 +61,12 @@ def with_precisions(cfg: RetrievalConfig, device: torch.device) -> RetrievalConf
 
 def preflight(cfg: RetrievalConfig, args: argparse.Namespace) -> tuple[Job, Findings]:
     """Read the annotations; on rank 0 find what is wrong (with `--check` in all of it) before anything is written."""
-    found, plan = Findings(), Plan(cfg, MedConfig())
-    try:
-        plan = plan_model(cfg, weights_to_plan_by(cfg, args))
-    except ValueError as error:
-        found.errors.append(str(error))
-    cfg, job = plan.cfg, Job(plan.cfg, args, {}, plan)
+    found, plans = Findings(), list[Plan]()
+    found.attempt(lambda: plans.append(plan_job(cfg, args)))
+    job = Job(cfg, args, {}, Plan(cfg, MedConfig()))
+    if plans:
+        job = Job(plans[0].cfg, args, {}, plans[0])
+    cfg = job.cfg
     for split in [s for s in available_splits(cfg) if s != "train"] if args.evaluate else SPLITS:
         found.attempt(partial(job.load, split))
     if not is_main():
@@ -76,7 +78,8 @@ def preflight(cfg: RetrievalConfig, args: argparse.Namespace) -> tuple[Job, Find
             "tensorboard is true, but the package is not installed: pip install -r requirements-tensorboard.txt, or "
             "set tensorboard to false."
         )
-    found.attempt(lambda: found.add(check_model(job)))
+    if plans:
+        found.attempt(lambda: found.add(check_model(job)))
     if not (args.evaluate or args.resume or args.dry_run) and (job.folder / LOG).exists():
         found.errors.append(
             f"--output_dir {job.folder} already holds a run: continue it with --resume auto, or name another folder."
@@ -90,18 +93,17 @@ def preflight(cfg: RetrievalConfig, args: argparse.Namespace) -> tuple[Job, Find
     return job, found
 
 
-def weights_to_plan_by(cfg: RetrievalConfig, args: argparse.Namespace) -> str:
-    """The checkpoint that says what the config leaves open; '' where there is none, or it is still to be downloaded."""
+def plan_job(cfg: RetrievalConfig, args: argparse.Namespace) -> Plan:
+    """What the config leaves open, filled in from the checkpoint that will be loaded, if there is one."""
     source = cfg.pretrained
     if args.evaluate:
-        try:
-            source = weights_to_evaluate(cfg, args)[0]
-        except ValueError:
-            return ""  # said later, with all else that is wrong
+        source = weights_to_evaluate(cfg, args)[0]
     elif args.resume:
         saves = find_runs(args.output_dir) if args.resume == "auto" else [Path(args.resume)]
-        source = str(next((save for save in saves if save.exists()), source))
-    return "" if args.check and is_remote(source, cfg) else source
+        for save in saves:
+            with suppress(DamagedFile):  # `resume` says so, and goes on with the save before it
+                return plan_model(cfg, str(save))
+    return plan_model(cfg, "" if args.check and is_remote(source, cfg) else source)
 
 
 def is_remote(source: str, cfg: RetrievalConfig) -> bool:
