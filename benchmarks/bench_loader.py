@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for workers in args.workers:
             some = RetrievalConfig(**{**vars(cfg), "num_workers": workers})
             train, test = load_annotations(some, "train"), load_annotations(some, "test")
-            sampler = recipe_sampler(some, len(train.captions), 0)
+            sampler = recipe_sampler(some, train, 0)
             both = train_loader(some, train, sampler, device), eval_image_loader(some, test, range(len(names)), device)
             lines.append(f"| {workers} | " + " | ".join(f"{images_per_second(loader):.0f}" for loader in both) + " |")
     lines += ["", f"`python -m benchmarks.bench_loader {shlex.join(sys.argv[1:])}`", hardware(device)]

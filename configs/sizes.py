@@ -82,6 +82,10 @@ def load_med_config(path: str | Path) -> MedConfig:
         )
     if values.get("hidden_act", "gelu") != "gelu":
         raise ValueError(f"{path}: hidden_act is {values['hidden_act']!r}; this encoder computes 'gelu' only.")
+    for key, knob in MedConfig.__dataclass_fields__.items():
+        value, wanted = values.get(key, knob.default), "a whole number" if knob.type is int else "a number"
+        if isinstance(value, bool) or not isinstance(value, int if knob.type is int else int | float):
+            raise ValueError(f"{path}: {key} must be {wanted}, got {value!r}.")
     config = MedConfig(**{key: value for key, value in values.items() if key not in _IGNORED})
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(

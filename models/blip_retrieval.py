@@ -271,9 +271,4 @@ def build_model(
     names = ("image_size", "vit", "vit_grad_ckpt", "vit_ckpt_layer", "embed_dim", "queue_size", "momentum",
              "negative_all_rank", "patch_size", "pos_embed_std", "vit_init_std")  # fmt: skip
     med_config = med or find_path(cfg.med_config)
-    try:
-        return BLIP_Retrieval(
-            med_config=med_config, tokenizer=tokenizer, **{name: getattr(cfg, name) for name in names}
-        )
-    except TypeError as error:
-        raise ValueError(f"med_config {med_config}: a value is of the wrong type ({error}).") from None
+    return BLIP_Retrieval(med_config=med_config, tokenizer=tokenizer, **{name: getattr(cfg, name) for name in names})

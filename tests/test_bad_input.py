@@ -204,7 +204,7 @@ BAD = {
     "out of range": (options("momentum=1.5"), ["momentum", "1.5"]),
     "not a number": (options("init_lr=.nan"), ["init_lr", "nan"]),
     "unknown data set": (options("dataset=custm"), ["dataset", "custom"]),
-    "unknown vit": (options("vit=huge"), ["vit", "huge", "large"]),
+    "unknown vit": (options("vit=gigantic"), ["vit", "gigantic", "large"]),
     "image size": (options("image_size=40", "patch_size=16"), ["image_size 40", "patch_size 16"]),
     "min_lr above": (options("min_lr=0.5"), ["min_lr", "init_lr"]),
     "small queue": (options("queue_size=6"), ["queue_size 6", "8"]),
@@ -232,7 +232,7 @@ BAD = {
     "med_config is no JSON": (med("{hidden"), ["med.json", "JSON"]),
     "med_config unknown key": (med({"hiden_size": 3}), ["med.json", "hiden_size"]),
     "med_config heads": (med({"num_attention_heads": 5}), ["med.json", "num_attention_heads 5"]),
-    "med_config of texts": (med({"num_hidden_layers": "two"}), ["med.json", "type"]),
+    "med_config of texts": (med({"num_hidden_layers": "two"}), ["med.json", "num_hidden_layers", "whole number"]),
     # annotations
     "no annotations": (options("train_file=none.json"), ["none.json", "ann_root"]),
     "empty annotations": (train_file("[]"), ["train.json", "no rows"]),

@@ -107,7 +107,8 @@ def test_gradients_and_draws_are_the_cpus():
 STEPS = 2
 CONFIG = {
     "precision": "fp32", "batch_size_train": 3, "alpha": 0.4, "init_lr": 1e-3, "weight_decay": 0.05, "log_every": 100,
-    "temp_lr_scale": 1.0, "keep_graphs": "auto", "image_size": 32, "global_batch_size": 8, "ranks_emulated": 2,
+    "temp_lr_scale": 1.0, "layer_decay": 1.0, "keep_graphs": "auto", "image_size": 32, "global_batch_size": 8,
+    "ranks_emulated": 2,
 }  # fmt: skip
 
 
