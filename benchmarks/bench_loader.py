@@ -3,7 +3,7 @@
     python -m benchmarks.bench_loader [--image_size 384] [--images 200] [--workers 2 4 8 16]
 
 Drawn JPEG files of 640 x 480 pixels. First each stage by itself, in this process on one thread, image after image, so
-that a slow spell meets all of them; then whole loaders, with the time to start their workers left out.
+that a slow spell meets all of them; then whole loaders, without the batches that their workers make while they start.
 """
 
 import argparse
@@ -21,22 +21,26 @@ from benchmarks import set_up
 from benchmarks.pictures import draw_pictures, write_captions
 from configs.schema import RetrievalConfig
 from data.annotations import load_annotations
+from data.findings import cores
 from data.images import open_store
 from data.loaders import eval_image_loader, recipe_sampler, train_loader
 from training.dry_run import hardware
 from transform.image import eval_transform, train_transform
 
 BATCH = 16
+AHEAD = 2  # batches that a worker makes before one is asked for: torch's prefetch_factor
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time the loading of images.")
     parser.add_argument("--image_size", type=int, default=384)
     parser.add_argument("--images", type=int, default=200)
-    parser.add_argument("--workers", type=int, nargs="*", default=[2, 4, 8, 16])
+    parser.add_argument("--workers", type=int, nargs="*", help="default: 2 to 16, up to twice the cores")
     args = parser.parse_args(argv)
     if args.images < 2 * BATCH:
         parser.error(f"--images must be at least {2 * BATCH}")
+    if args.workers is None:
+        args.workers = [number for number in (2, 4, 8, 16) if number <= 2 * cores()]
     return args
 
 
@@ -62,12 +66,12 @@ def table(title: str, seconds: dict[str, float], count: int) -> list[str]:
 
 
 def images_per_second(loader: torch.utils.data.DataLoader) -> float:
-    """After the first batch, for which the workers start."""
+    """Of the batches behind those that the workers have made while they all started."""
     count, start = 0, 0.0
-    for batch in loader:
+    for number, batch in enumerate(loader):
         if start:
             count += len(batch if isinstance(batch, torch.Tensor) else batch.image)
-        else:
+        elif number + 1 >= AHEAD * loader.num_workers:
             start = time.perf_counter()
     return count / (time.perf_counter() - start)
 
@@ -78,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         names = draw_pictures(folder, args.images)
-        write_captions(folder / "train.json", names, args.images)
+        samples = max([args.images, *(4 * AHEAD * workers * BATCH for workers in args.workers)])
+        write_captions(folder / "train.json", names, samples)
         cfg = RetrievalConfig(
             "custom", image_root=name, ann_root=name,
             train_file="train.json", val_file="train.json", test_file="train.json",
@@ -95,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             some = RetrievalConfig(**{**vars(cfg), "num_workers": workers})
             train, test = load_annotations(some, "train"), load_annotations(some, "test")
             sampler = recipe_sampler(some, train, 0)
-            both = train_loader(some, train, sampler, device), eval_image_loader(some, test, range(len(names)), device)
+            gallery = [i % len(names) for i in range(samples)]
+            both = train_loader(some, train, sampler, device), eval_image_loader(some, test, gallery, device)
             lines.append(f"| {workers} | " + " | ".join(f"{images_per_second(loader):.0f}" for loader in both) + " |")
     lines += ["", f"`python -m benchmarks.bench_loader {shlex.join(sys.argv[1:])}`", hardware(device)]
     print("\n".join(lines))
