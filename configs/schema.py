@@ -195,14 +195,13 @@ def _check_value(
 
 
 def _check_combinations(cfg: RetrievalConfig) -> None:
-    for wrong, message in _contradictions(cfg) + _batch_contradictions(cfg):
+    for wrong, message in _contradictions(cfg) + _model_contradictions(cfg) + _batch_contradictions(cfg):
         if wrong:
             raise ValueError(message)
 
 
 def _contradictions(cfg: RetrievalConfig) -> list[tuple[Any, str]]:
     """Knobs that contradict each other, as a table of (is it wrong, what to do)."""
-    towers = [key for key in ("image_tower", "text_tower") if getattr(cfg, key)]
     own_files = [key for key in ("train_file", "val_file", "test_file") if getattr(cfg, key)]
     lacking = [word for word in ("{source}", "{target}") if word not in cfg.fetch]
     has_files = bool(DATASETS[cfg.dataset].files)
@@ -212,36 +211,6 @@ def _contradictions(cfg: RetrievalConfig) -> list[tuple[Any, str]]:
             f"image_size {cfg.image_size} is not a multiple of patch_size {cfg.patch_size}: set image_size to "
             f"{max(1, cfg.image_size // cfg.patch_size) * cfg.patch_size}",
         ),
-        (
-            towers and cfg.pretrained,
-            f"pretrained holds both encoders, and {' and '.join(towers)} would replace them: set one or the other",
-        ),
-        (
-            cfg.vit == AUTO and not (cfg.image_tower or cfg.pretrained or cfg.finetuned),
-            f"vit: auto takes the size from image_tower, pretrained or finetuned: set one of them, or vit to one of "
-            f"{', '.join(VIT_SIZES)}",
-        ),
-        (
-            cfg.med_config == AUTO and not (cfg.text_tower or cfg.pretrained or cfg.finetuned),
-            "med_config: auto takes the sizes from text_tower, pretrained or finetuned: set one of them, or med_config "
-            "to a JSON such as configs/med_config.json",
-        ),
-        *(
-            (
-                not _is_rgb(getattr(cfg, key)),
-                f"{key} must be three numbers, as [0.485, 0.456, 0.406], got {getattr(cfg, key)!r}",
-            )
-            for key in ("image_mean", "image_std")
-        ),
-        (
-            (cfg.image_mean is None) != (cfg.image_std is None),
-            "image_mean and image_std belong together: set both or none",
-        ),
-        *(
-            (not FREEZE.fullmatch(str(part)), f"freeze: {part!r} is not image, text, image:N or text:N")
-            for part in cfg.freeze or ()
-        ),
-        *_lora_contradictions(cfg.lora),
         (
             cfg.min_lr > cfg.init_lr,
             f"min_lr {cfg.min_lr} is above init_lr {cfg.init_lr}: lower min_lr, which the cosine ends at",
@@ -275,6 +244,43 @@ def _contradictions(cfg: RetrievalConfig) -> list[tuple[Any, str]]:
     ]
 
 
+def _model_contradictions(cfg: RetrievalConfig) -> list[tuple[Any, str]]:
+    """The same for what the model is, starts from and trains."""
+    towers = [key for key in ("image_tower", "text_tower") if getattr(cfg, key)]
+    return [
+        (
+            towers and cfg.pretrained,
+            f"pretrained holds both encoders, and {' and '.join(towers)} would replace them: set one or the other",
+        ),
+        (
+            cfg.vit == AUTO and not (cfg.image_tower or cfg.pretrained or cfg.finetuned),
+            f"vit: auto takes the size from image_tower, pretrained or finetuned: set one of them, or vit to one of "
+            f"{', '.join(VIT_SIZES)}",
+        ),
+        (
+            cfg.med_config == AUTO and not (cfg.text_tower or cfg.pretrained or cfg.finetuned),
+            "med_config: auto takes the sizes from text_tower, pretrained or finetuned: set one of them, or med_config "
+            "to a JSON such as configs/med_config.json",
+        ),
+        *(
+            (
+                not _is_rgb(getattr(cfg, key)),
+                f"{key} must be three numbers, as [0.485, 0.456, 0.406], got {getattr(cfg, key)!r}",
+            )
+            for key in ("image_mean", "image_std")
+        ),
+        (
+            (cfg.image_mean is None) != (cfg.image_std is None),
+            "image_mean and image_std belong together: set both or none",
+        ),
+        *(
+            (not FREEZE.fullmatch(str(part)), f"freeze: {part!r} is not image, text, image:N or text:N")
+            for part in cfg.freeze or ()
+        ),
+        *_lora_contradictions(cfg.lora),
+    ]
+
+
 def _is_rgb(value: list | None) -> bool:
     return value is None or (len(value) == 3 and all(isinstance(x, int | float) and 0 <= x <= 1 for x in value))
 
@@ -283,12 +289,12 @@ def _lora_contradictions(lora: dict | None) -> list[tuple[Any, str]]:
     if lora is None:
         return []
     rank, alpha, targets = (lora.get(key) for key in LORA_KEYS)
-    unknown = [target for target in targets or () if target not in LORA_TARGETS]
+    known = isinstance(targets, list) and targets and all(target in LORA_TARGETS for target in targets)
     return [
         (set(lora) != set(LORA_KEYS), f"lora needs the keys {', '.join(LORA_KEYS)}, got {', '.join(map(str, lora))}"),
         (not isinstance(rank, int) or rank < 1, f"lora: rank must be a whole number from 1, got {rank!r}"),
         (not isinstance(alpha, int | float) or alpha <= 0, f"lora: alpha must be a number above 0, got {alpha!r}"),
-        (not isinstance(targets, list) or not targets or unknown,
+        (not known,
          f"lora: targets must be a list of {', '.join(LORA_TARGETS)}, got {targets!r}"),
     ]  # fmt: skip
 

@@ -117,6 +117,7 @@ def test_a_stem_ends_below_the_lowest_update():
     ({"rank": 0, "alpha": 1, "targets": ["image.qkv"]}, "lora: rank must be a whole number from 1, got 0"),
     ({"rank": 4, "alpha": -1, "targets": ["image.qkv"]}, "lora: alpha must be a number above 0"),
     ({"rank": 4, "alpha": 1, "targets": ["image.q"]}, "lora: targets must be a list of image.qkv"),
+    ({"rank": 4, "alpha": 1, "targets": 3}, "lora: targets must be a list of image.qkv"),
     ({"rank": 4, "targets": ["image.qkv"]}, "lora needs the keys rank, alpha, targets, got rank, targets"),
 ])  # fmt: skip
 def test_a_wrong_value_is_named(lora, said):
