@@ -16,8 +16,8 @@ LIMITS = """\
 - It reads {language}. Other languages, and captions beyond {max_words} words or {max_tokens} tokens, it does not.
 - Recall is measured against the captions that were written for an image. Other captions and images that fit as well
   count as wrong, so Recall is too low; it says nothing about other kinds of pictures or captions.
-- It has learnt from pictures and texts of the web, directly or through the weights that it started from, with their
-  biases: about people, places, professions. Do not use it to decide about people.
+- If it, or the weights that it started from, learnt from pictures and texts of the web, it repeats their biases about
+  people, places and professions. Do not use it to decide about people.
 - A score orders candidates of one query. It is no probability that a caption is true, and counting, negation and who
   does what to whom are often missed.
 """
