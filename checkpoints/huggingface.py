@@ -34,10 +34,9 @@ from configs.schema import TEMP_RANGE
 from configs.sizes import VIT_SIZES, MedConfig
 from transform.image import MEAN, STD
 from transform.text import (
-    TOKENIZER,
-    VOCABULARY,
     CaptionTokenizer,
     blip_tokenizer,
+    has_tokenizer,
     read_json,
     read_tokenizer,
 )
@@ -223,7 +222,7 @@ def adopt(file: WeightFile, folder: Path) -> WeightFile:
 def _read_processor(folder: Path) -> dict[str, Any]:
     """Tokenizer and normalisation of the folder, as a checkpoint of this program says them; {} where it has none."""
     extra: dict[str, Any] = {}
-    if (folder / VOCABULARY).exists() or (folder / TOKENIZER).exists():
+    if has_tokenizer(folder):
         extra["tokenizer"] = read_tokenizer(folder).to_plain()
     for name in PROCESSORS:
         said = read_json(folder / name)

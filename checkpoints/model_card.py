@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.weights import Sizes, WeightFile
+from transform.text import blip_tokenizer
 
 CARD = "README.md"
 RECALL = ("txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10")
+FOR_TRANSFORMERS = (
+    "For BlipForImageTextRetrieval and BlipProcessor of transformers. To match, put id {enc}, [ENC], first in place of "
+    "[CLS]; give captions in lower case without punctuation, as they were trained on."
+)
 LIMITS = """\
 - It reads {language}. Other languages, and captions beyond {max_words} words or {max_tokens} tokens, it does not.
 - Recall is measured against the captions that were written for an image. Other captions and images that fit as well
@@ -27,7 +32,8 @@ def model_card(file: WeightFile, sizes: Sizes, sha256: str, graphs: str = "") ->
     """Markdown with the front matter of Hugging Face; `graphs`: what the folder holds, if not transformers' model."""
     trained: dict[str, Any] = file.extra.get("config", {})
     tokenizer = file.tokenizer
-    language = "English" if tokenizer.name.startswith("BLIP's") else f"the language of {tokenizer.name}"
+    own = f"the language of its vocabulary of {len(tokenizer.words)} word pieces (fill in which)"
+    language = "English" if tokenizer.reads_as(blip_tokenizer()) else own
     limits = LIMITS.format(language=language, max_words=tokenizer.max_words, max_tokens=tokenizer.max_tokens)
     return "\n".join(
         [
@@ -40,7 +46,7 @@ def model_card(file: WeightFile, sizes: Sizes, sha256: str, graphs: str = "") ->
             "# BLIP for image-text retrieval",
             "",
             f"ViT-{sizes.vit} at {sizes.image_size} px, {sizes.text['num_hidden_layers']} text layers, embeddings of "
-            f"{sizes.embed_dim} numbers. {graphs or 'For BlipForImageTextRetrieval of transformers.'}",
+            f"{sizes.embed_dim} numbers. {graphs or FOR_TRANSFORMERS.format(enc=tokenizer.enc)}",
             f"Written from `{Path(file.name).name}`, SHA-256 of the weights `{sha256[:16]}`.",
             "",
             "## What it was trained on",
@@ -71,14 +77,15 @@ def _training(file: WeightFile, trained: dict[str, Any]) -> list[str]:
     if not trained.get("dataset"):
         return ["Unknown: the file does not say. Fill in the data set and where training started."]
     files = ", ".join(str(trained[key]) for key in ("train_file",) if trained.get(key))
-    towers = " and ".join(str(trained[key]) for key in ("image_tower", "text_tower") if trained.get(key))
-    start = trained.get("pretrained") or towers or "random weights"
-    keys = ("init_lr", "global_batch_size", "max_epoch", "momentum", "queue_size", "precision", "seed")
-    settings = ", ".join(f"{key} {trained[key]}" for key in keys if key in trained)
+    sources = [trained[key] for key in ("pretrained", "image_tower", "text_tower") if trained.get(key)]
+    start = " and ".join(Path(source).name for source in sources) or "random weights"
+    keys = ("init_lr", "warmup_steps", "layer_decay", "freeze", "lora", "global_batch_size", "max_epoch", "momentum",
+            "queue_size", "precision", "seed")  # fmt: skip
+    settings = ", ".join(f"{key} {trained[key]}" for key in keys if trained.get(key) is not None)
     epoch = file.extra.get("epoch")
     return [
         f"Data set `{trained['dataset']}`{f' ({files})' if files else ''}, from {start}"
-        f"{f'; weights of epoch {epoch}' if epoch is not None else ''}.",
+        f"{f'; weights of epoch {epoch}, counted from 0' if epoch is not None else ''}.",
         f"Settings: {settings}. Code: {file.extra.get('code', 'unknown')}.",
     ]
 

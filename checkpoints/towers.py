@@ -115,7 +115,7 @@ def read_image_tower(source: str, cache_dir: str = "") -> ImageTower:
     """
     if source.startswith(TIMM):
         return _from_timm(source)
-    path = local_path(source, cache_dir)
+    path = _path_of("image_tower", source, cache_dir, "a ViT's file or folder, or timm:NAME")
     state, config = _read_source(path)
     named = {}
     if (path / PREPROCESSOR).exists():
@@ -248,7 +248,7 @@ def read_text_tower(source: str, cache_dir: str = "") -> TextTower:
     Token types have no place in BLIP's BERT: that of a single sentence, 0, is added to every position, which is exact.
     ValueError for other families, with the reason.
     """
-    path = local_path(source, cache_dir)
+    path = _path_of("text_tower", source, cache_dir, "a BERT's Hugging Face folder, or a file in it")
     state, said = _read_source(path)
     folder, where = path if path.is_dir() else path.parent, f"text_tower {path}"
     if not said:
@@ -308,6 +308,12 @@ def _fold_token_types(tower: TextTower) -> None:
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def _path_of(key: str, source: str, cache_dir: str, what: str) -> Path:
+    if "://" not in source and not Path(source).expanduser().exists():
+        raise ValueError(f"{key} {source}: there is no such file or folder. Give {what}.")
+    return local_path(source, cache_dir)
 
 
 def _read_source(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

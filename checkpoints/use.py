@@ -56,6 +56,8 @@ class Exported:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
     blip, caption, pictures = Exported(), sys.argv[1], sys.argv[2:]
     tokens, feature = blip.images(pictures)
     logits = blip.match([caption] * len(pictures), tokens)

@@ -159,7 +159,8 @@ def read_sizes(state: dict[str, Tensor], name: str, vit: str = "") -> Sizes:
         embed_dim = state["vision_proj.weight"].shape[0]
     except KeyError as error:
         raise ValueError(
-            f"{name}: no BLIP model for image-text retrieval: it has no tensor {error}. It holds {few(state)}."
+            f"{name}: no BLIP model for image-text retrieval: it has no tensor {error}. It holds {few(state)}. "
+            "A ViT or a BERT by itself is for the keys image_tower and text_tower."
         ) from None
     except IndexError:
         raise ValueError(f"{name}: a tensor that gives the model's sizes has too few dimensions.") from None

@@ -37,7 +37,7 @@ KIND_NAMES = {
     bool: "true or false",
     int | str: "'auto' or a whole number",
     str | list: "a file or a list of files",
-    list: "a list",
+    list: "a list in brackets",
     dict: "keys and values",
 }
 AUTO = "auto"  # of `vit` and `med_config`: what the weights that are loaded say
@@ -251,16 +251,6 @@ def _model_contradictions(cfg: RetrievalConfig) -> list[tuple[Any, str]]:
         (
             towers and cfg.pretrained,
             f"pretrained holds both encoders, and {' and '.join(towers)} would replace them: set one or the other",
-        ),
-        (
-            cfg.vit == AUTO and not (cfg.image_tower or cfg.pretrained or cfg.finetuned),
-            f"vit: auto takes the size from image_tower, pretrained or finetuned: set one of them, or vit to one of "
-            f"{', '.join(VIT_SIZES)}",
-        ),
-        (
-            cfg.med_config == AUTO and not (cfg.text_tower or cfg.pretrained or cfg.finetuned),
-            "med_config: auto takes the sizes from text_tower, pretrained or finetuned: set one of them, or med_config "
-            "to a JSON such as configs/med_config.json",
         ),
         *(
             (

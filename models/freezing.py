@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from checkpoints.weights import TWINS
 from configs.schema import RetrievalConfig
 from models.blip_retrieval import BLIP_Retrieval
 from models.lora import LowRank, add_lora
@@ -111,13 +112,13 @@ def training_table(model: BLIP_Retrieval, layer_decay: float) -> list[str]:
         "heads": r"visual_encoder\.norm\.|vision_proj|text_proj|itm_head|temp",
     }
     rows: dict[str, list[float]] = {}
-    for name, parameter in model.named_parameters():
-        for words, pattern in parts.items():
+    named = [(name, p) for name, p in model.named_parameters() if not name.startswith(TWINS)]
+    for words, pattern in parts.items():
+        for name, parameter in named:
             if found := re.match(pattern, name):
                 row = rows.setdefault(words.format(*found.groups()), [0, 0, 0.0])
                 row[not parameter.requires_grad] += parameter.numel()
                 row[2] = max(row[2], layer_decay ** depths[name] if name in depths else 0.0)
-                break
     return [
         f"  {words:<18} {trained / 1e6:8.2f} M train {frozen / 1e6:8.2f} M frozen   rate x {scale:.3g}"
         for words, (trained, frozen, scale) in rows.items()

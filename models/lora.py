@@ -52,5 +52,9 @@ def add_lora(model: BLIP_Retrieval, lora: dict[str, Any]) -> None:
     patterns = [TARGETS[target] for target in lora["targets"]]
     for name, module in list(model.named_modules()):
         if any(re.fullmatch(pattern, name) for pattern in patterns):
+            if lora["rank"] > min(module.weight.shape):
+                raise ValueError(
+                    f"lora: rank {lora['rank']} is above the {min(module.weight.shape)} of {name}: lower it"
+                )
             module.weight.requires_grad_(False)
             parametrize.register_parametrization(module, "weight", LowRank(module.weight, lora["rank"], lora["alpha"]))

@@ -33,12 +33,13 @@ from configs.schema import AUTO, RetrievalConfig
 from configs.sizes import MedConfig, load_med_config
 from models.blip_retrieval import BLIP_Retrieval
 from transform.image import MEAN, STD
-from transform.text import CaptionTokenizer, blip_tokenizer, read_tokenizer
+from transform.text import CaptionTokenizer, blip_tokenizer, has_tokenizer, read_tokenizer
 from utils import find_path
 
 log = logging.getLogger("blip")
 
 SPECIAL = 2  # [DEC] and [ENC], behind the vocabulary
+PADDED = 128  # rows of word embeddings that a tower may have beyond its vocabulary, to a round number
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,12 @@ def plan_model(cfg: RetrievalConfig, source: str = "") -> Plan:
     file = open_weights(source, cfg.cache_dir) if source else None
     if file is not None:
         return _plan_of_checkpoint(cfg, file)
+    for key, tower in (("vit", "image_tower"), ("med_config", "text_tower")):
+        if getattr(cfg, key) == AUTO and not getattr(cfg, tower):
+            raise ValueError(
+                f"{key}: auto takes the sizes from {tower} or a checkpoint (pretrained, or what --evaluate loads): set "
+                f"one of them, or {key} to {'a size such as base' if key == 'vit' else 'configs/med_config.json'}."
+            )
     image = read_image_tower(cfg.image_tower, cfg.cache_dir) if cfg.image_tower else None
     text = read_text_tower(cfg.text_tower, cfg.cache_dir) if cfg.text_tower else None
     if image:
@@ -77,9 +84,26 @@ def plan_model(cfg: RetrievalConfig, source: str = "") -> Plan:
 def _named_tokenizer(cfg: RetrievalConfig, tower: TextTower | None) -> CaptionTokenizer:
     """The one that the config names, or that of the text tower; else BLIP's."""
     lengths = cfg.max_words, cfg.max_tokens
-    if cfg.tokenizer:
-        return read_tokenizer(find_path(cfg.tokenizer), *lengths)
-    return read_tokenizer(tower.folder, *lengths) if tower else blip_tokenizer(*lengths)
+    named = _read_tokenizer("tokenizer", find_path(cfg.tokenizer), *lengths) if cfg.tokenizer else None
+    if tower is None:
+        return named or blip_tokenizer(*lengths)
+    if named is None:
+        return _read_tokenizer("text_tower", tower.folder, *lengths)
+    if has_tokenizer(tower.folder) and (its := read_tokenizer(tower.folder)).words != named.words:
+        raise ValueError(
+            f"tokenizer {named} is another vocabulary than that of the text_tower, {its}: each embedding would stand "
+            "for another word. Remove tokenizer."
+        )
+    return named
+
+
+def _read_tokenizer(key: str, folder: Path, max_words: int, max_tokens: int) -> CaptionTokenizer:
+    if not folder.is_dir():
+        raise ValueError(f"{key} {folder}: there is no such folder; name that of a BERT's tokenizer.")
+    try:
+        return read_tokenizer(folder, max_words, max_tokens)
+    except ValueError as error:
+        raise ValueError(f"{key} {error}") from None
 
 
 def start_from_towers(model: BLIP_Retrieval, plan: Plan) -> LoadReport:
@@ -151,8 +175,8 @@ def _with_image_tower(cfg: RetrievalConfig, tower: ImageTower) -> RetrievalConfi
     if not (mean and std):
         raise ValueError(
             f"{where}: does not say how its images were normalised. Set image_mean and image_std: ImageNet's "
-            f"{IMAGENET[0]} and {IMAGENET[1]} (DINOv2, DeiT, MAE), CLIP's {CLIP[0]} and {CLIP[1]}, or 0.5 three times "
-            "each (Google's ViT)."
+            f"{[*IMAGENET[0]]} and {[*IMAGENET[1]]} (DINOv2, DeiT, MAE), CLIP's {[*CLIP[0]]} and {[*CLIP[1]]}, or "
+            "[0.5, 0.5, 0.5] for both (Google's ViT)."
         )
     vit = tower.vits[0] if cfg.vit == AUTO else cfg.vit
     return replace(cfg, vit=vit, image_mean=[float(x) for x in mean], image_std=[float(x) for x in std])
@@ -161,7 +185,7 @@ def _with_image_tower(cfg: RetrievalConfig, tower: ImageTower) -> RetrievalConfi
 def _with_text_tower(cfg: RetrievalConfig, tower: TextTower, tokenizer: CaptionTokenizer) -> MedConfig:
     """The tower's sizes, with [DEC] and [ENC] behind its vocabulary; they start where [CLS] is."""
     words = tower.state["embeddings.word_embeddings.weight"]  # (W or more, D): some are padded to a round number
-    if len(words) < len(tokenizer.words):
+    if not 0 <= len(words) - len(tokenizer.words) <= PADDED:
         raise ValueError(
             f"text_tower {tower.name}: has embeddings of {len(words)} word pieces, but the vocabulary of "
             f"{tokenizer.name} has {len(tokenizer.words)}: they do not belong together."

@@ -125,6 +125,7 @@ def log_head(model: BLIP_Retrieval, cfg: RetrievalConfig) -> None:
         "ViT-%s with patches of %d on images of %d x %d pixels; %.1f M parameters, %.1f M with momentum twins",
         *(cfg.vit, cfg.patch_size, cfg.image_size, cfg.image_size, online, sum(sizes.values())),
     )
+    log.info("tokenizer: %s", model.tokenizer)
     log.info("precision %s, eval_precision %s", cfg.precision, cfg.eval_precision)
 
 

@@ -171,6 +171,7 @@ def test_the_table_counts_every_parameter_once():
         sum(p.numel() for p in online if not p.requires_grad) / 1e6, abs=0.1
     )
     by_name = {n[0]: float(n[3]) for n in numbers}
+    assert list(by_name)[-2:] == ["cross-attention", "heads"] and float(numbers[-1][2]) == 0
     assert by_name["image block 1"] == 0 and by_name["image block 5"] == 0.5 and by_name["heads"] == 1
 
 

@@ -125,6 +125,13 @@ def test_a_wrong_value_is_named(lora, said):
         config(lora=lora)
 
 
+def test_a_rank_above_the_weights_own():
+    with pytest.raises(
+        ValueError, match=r"lora: rank 97 is above the 96 of visual_encoder.blocks.0.attn.qkv: lower it"
+    ):
+        model_of({"rank": 97, "alpha": 1, "targets": ["image.qkv"]})
+
+
 def test_a_run_resumes_exports_and_evaluates_as_the_sum(tiny_run, capsys):
     values = YAML().load(tiny_run / "config.yaml") | {
         "lora": {"rank": 2, "alpha": 4, "targets": ["image.qkv", "text.mlp"]}, "init_lr": 1e-2, "eval_before": False,

@@ -206,8 +206,11 @@ def test_what_the_config_must_say(tmp_path):
         plan_model(config(tmp_path, vit="tiny", **tower, **IMAGENET))
     with pytest.raises(ValueError, match="pretrained holds both encoders, and image_tower would replace"):
         config(tmp_path, pretrained="x.pth", **tower)
-    with pytest.raises(ValueError, match="vit: auto takes the size from"):
-        config(tmp_path, vit="auto")
+    for key in ("vit", "med_config"):
+        with pytest.raises(ValueError, match=f"{key}: auto takes the sizes from .*_tower or a checkpoint"):
+            plan_model(config(tmp_path, **{key: "auto"}, finetuned="x.pth"))
+    with pytest.raises(ValueError, match="image_tower nowhere.pth: there is no such file or folder. Give a ViT's"):
+        plan_model(config(tmp_path, image_tower="nowhere.pth", vit="auto"))
     with pytest.raises(ValueError, match="image_mean must be three numbers"):
         config(tmp_path, image_mean=[0.5, 0.5], image_std=[0.5, 0.5, 0.5])
     with pytest.raises(ValueError, match="image_tower timm:no_such_model: timm cannot give it"):
@@ -279,9 +282,30 @@ def test_a_text_tower_of_other_sizes_than_the_config(tmp_path):
     bert_folder(tmp_path / "bert")
     with pytest.raises(ValueError, match=r"has hidden_size 48 \(config: 64\).*: set med_config: auto"):
         plan_model(config(tmp_path, text_tower=str(tmp_path / "bert"), vit="nano"))
+    with pytest.raises(ValueError, match="text_tower nowhere: there is no such file or folder. Give a BERT's"):
+        plan_model(config(tmp_path, text_tower="nowhere", med_config="auto", vit="nano"))
     (tmp_path / "bert" / "vocab.txt").unlink()
-    with pytest.raises(ValueError, match="has neither vocab.txt nor tokenizer.json"):
+    with pytest.raises(ValueError, match="text_tower .*has neither vocab.txt nor tokenizer.json"):
         plan_model(config(tmp_path, text_tower=str(tmp_path / "bert"), med_config="auto", vit="nano"))
+
+
+def test_a_tokenizer_that_is_not_the_towers(tmp_path):
+    bert_folder(tmp_path / "bert")
+    words = list(blip_tokenizer().words)
+    for name, other, said in (
+        ("shuffled", [*words[:1000], *words[:999:-1]], "is another vocabulary than that of the text_tower"),
+        ("short", words[:30000], "is another vocabulary than that of the text_tower"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vocab.txt").write_text("\n".join(other) + "\n")
+        keys = {"text_tower": str(tmp_path / "bert"), "tokenizer": str(tmp_path / name), "med_config": "auto"}
+        with pytest.raises(ValueError, match=said):
+            plan_model(config(tmp_path, vit="nano", **keys))
+    (tmp_path / "bert" / "vocab.txt").unlink()
+    with pytest.raises(ValueError, match="has embeddings of 30524 word pieces, but the vocabulary of .* has 30000"):
+        plan_model(config(tmp_path, vit="nano", **keys))
+    with pytest.raises(ValueError, match="tokenizer .*nowhere: there is no such folder"):
+        plan_model(config(tmp_path, tokenizer=str(tmp_path / "nowhere")))
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------------
@@ -297,6 +321,13 @@ def test_a_run_from_towers_needs_them_only_once(tiny_run, capsys):
     }  # fmt: skip
     YAML().dump(values, tiny_run / "towers.yaml")
     args = ["--config", str(tiny_run / "towers.yaml"), "--output_dir", str(tiny_run / "out"), "--device", "cpu"]
+    assert train_retrieval.main([*args, "--check"]) == 0
+    said = capsys.readouterr().out
+    assert "towers" in said and "loaded" in said and "init_lr 1e-05" not in said
+    assert train_retrieval.main([*args, "--check", "--set", "init_lr=1e-5"]) == 0
+    assert "from towers, cross-attention and heads start at random" in capsys.readouterr().out
+    assert train_retrieval.main([*args, "--check", "--set", "freeze=[image:9]"]) == 2
+    assert train_retrieval.main([*args, "--check", "--set", "image_tower="]) == 2
     assert train_retrieval.main(args) == 0
     rows = [json.loads(line) for line in (tiny_run / "out" / "log.txt").read_text().splitlines()]
     assert rows[0]["checkpoint"] == f"{tiny_run / 'vit.pth'} and {tiny_run / 'bert'}"
@@ -310,7 +341,6 @@ def test_a_run_from_towers_needs_them_only_once(tiny_run, capsys):
     assert train_retrieval.main([*kept, "--resume", "auto", "--set", "max_epoch=2"]) == 0
     blip = load(tiny_run / "out")
     assert blip.transform.transforms[-1].mean == IMAGENET["image_mean"]
-    assert "error" not in capsys.readouterr().err
 
 
 def test_the_table_of_sizes_names_timms_models():

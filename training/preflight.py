@@ -24,7 +24,8 @@ from data.checks import check_data
 from data.findings import Findings
 from data.windows import window_warnings
 from models.blip_retrieval import BLIP_Retrieval, build_model
-from models.towers import Plan, plan_model
+from models.freezing import train_less
+from models.towers import Plan, plan_model, start_from_towers
 from training.recipe import check_disk, check_recipe, require_negatives
 from utils import choose_precision, is_main
 
@@ -154,8 +155,13 @@ def check_model(job: Job) -> Findings:
     cfg, args = job.cfg, job.args
     with torch.device("meta"):
         model = build_model(cfg, job.plan.med, job.plan.tokenizer)
+        if not args.evaluate:
+            train_less(model, cfg)
     source = weights_to_evaluate(cfg, args)[0] if args.evaluate else cfg.pretrained
     found = check_checkpoint(model, source, job) if source and not args.resume else Findings()
+    if not (args.evaluate or args.resume) and (job.plan.image or job.plan.text):
+        with warnings.catch_warnings(action="ignore"):  # that there is no memory to load into
+            found.facts.append(str(start_from_towers(model, job.plan)))
     if not args.evaluate:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         found.add(check_disk(job.folder, trained, cfg.keep_last))

@@ -20,6 +20,7 @@ BATCH, MOMENTUM, QUEUE = 256, 0.995, 57600
 RATES = {"large": 5e-6}
 RATE = 1e-5  # of the others
 FEW_STEPS = 100
+FROM_TOWERS = 5e-5  # init_lr below which what is random hardly trains
 
 
 def check_recipe(cfg: RetrievalConfig, table: Annotations) -> Findings:
@@ -35,6 +36,11 @@ def check_recipe(cfg: RetrievalConfig, table: Annotations) -> Findings:
         found.warnings.append(
             f"queue_size {cfg.queue_size} is large for {pairs} training pairs: the queue would hold each image "
             f"{cfg.queue_size / len(table.images):.1f} times, in stale copies: set queue_size to {better}"
+        )
+    if (cfg.image_tower or cfg.text_tower) and cfg.init_lr < FROM_TOWERS:
+        found.warnings.append(
+            f"init_lr {cfg.init_lr:g} is one to fine-tune a whole BLIP with; from towers, cross-attention and heads "
+            "start at random: set init_lr to 1e-4 or more, with warmup_steps, and layer_decay below 1 for the towers"
         )
     if cfg.pretrained:
         found.warnings += recipe_warnings(cfg, steps * cfg.max_epoch)

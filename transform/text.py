@@ -176,6 +176,10 @@ class CaptionTokenizer:
 _FIELDS = CaptionTokenizer.__dataclass_fields__
 
 
+def has_tokenizer(folder: Path) -> bool:
+    return (folder / VOCABULARY).exists() or (folder / TOKENIZER).exists()
+
+
 def read_tokenizer(folder: Path, max_words: int = MAX_WORDS, max_tokens: int = MAX_TOKENS) -> CaptionTokenizer:
     """The tokenizer of a Hugging Face folder of a BERT: vocab.txt or tokenizer.json, and tokenizer_config.json.
 
