@@ -19,7 +19,7 @@ from checkpoints.huggingface import read_folder, write_folder
 from checkpoints.load import LoadReport, fit, open_weights
 from checkpoints.model_card import model_card
 from checkpoints.runs import write_atomically
-from checkpoints.weights import QUEUES, TWINS, read_sizes, state_sha256, weights_sha256
+from checkpoints.weights import QUEUES, TWINS, online_name, read_sizes, state_sha256, weights_sha256
 from models.loading import empty_model, file_sizes, load
 from utils import setup_logging
 
@@ -42,7 +42,7 @@ def import_folder(folder: Path, path: Path) -> LoadReport:
     model = empty_model(sizes, med)
     state, report = fit(file, model.state_dict())
     for key in report.seeded:
-        state[key] = state[key.replace("_m.", ".", 1)]  # shared memory is stored once
+        state[key] = state[online_name(key)]  # shared memory is stored once
     config = {"vit": sizes.vit, **{key: getattr(sizes, key) for key in ("image_size", "patch_size", "embed_dim")}}
     path.parent.mkdir(parents=True, exist_ok=True)
     said: dict[str, Any] = {key: file.extra[key] for key in ("text_config", "tokenizer") if key in file.extra}

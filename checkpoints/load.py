@@ -20,6 +20,7 @@ from checkpoints.weights import (
     TWINS,
     WeightFile,
     merge_lora,
+    online_name,
     read_sizes,
     read_weights,
     require_equal_sizes,
@@ -91,7 +92,7 @@ def load_pretrained(model: RetrievalModel, source: str, cache_dir: str = "") -> 
     require_equal_heads(file, model.text_encoder.config)
     require_equal_tokenizers(file.name, file.tokenizer, model.tokenizer)
     state, report = fit(file, merge_lora(model.state_dict()), model.vit)
-    model.load_state_dict(unmerge_lora(state, model.state_dict()), strict=False)
+    model.load_state_dict(unmerge_lora(_online_where_shared(state, model), model.state_dict()), strict=False)
     if report.seeded:
         model.copy_params()
     log.info("%s: %s", file.name, report)
@@ -100,6 +101,13 @@ def load_pretrained(model: RetrievalModel, source: str, cache_dir: str = "") -> 
     if report.seeded:
         log.info("%s: no momentum weights; the momentum twins start at the online weights", file.name)
     return report
+
+
+def _online_where_shared(state: dict[str, Tensor], model: RetrievalModel) -> dict[str, Tensor]:
+    """A frozen layer's momentum twin is the same tensor: it must not be overwritten with the file's own twin."""
+    tensors = model.state_dict(keep_vars=True)
+    shared = [key for key in tensors if key.startswith(TWINS) and tensors[key] is tensors.get(online_name(key))]
+    return state | {key: state[online_name(key)] for key in shared if key in state}
 
 
 def fit(file: WeightFile, target: dict[str, Tensor], vit: str = "") -> tuple[dict[str, Tensor], LoadReport]:

@@ -65,7 +65,7 @@ class TextTower:
 
 # ---- image ----------------------------------------------------------------------------------------------------------
 
-# Another library's beginnings of names, as patterns, and timm's; {q}: query, key and value are three matrices there.
+# Another library's beginnings of names, as patterns, and timm's. Query, key and value are three matrices there.
 CLIP_NAMES = (
     (r"embeddings\.class_embedding", "cls_token"),
     (r"embeddings\.position_embedding\.weight", "pos_embed"),

@@ -83,6 +83,11 @@ def official_names(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[st
     return {key: value for key, value in state.items() if key not in set(ignored)}, ignored
 
 
+def online_name(key: str) -> str:
+    """The name of the weight that a momentum twin's follows."""
+    return key.replace("_m.", ".", 1)
+
+
 # ---- low-rank updates -----------------------------------------------------------------------------------------------
 
 

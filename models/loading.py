@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from checkpoints.load import fit, open_weights, require_equal_heads
-from checkpoints.weights import QUEUES, TWINS, Sizes, WeightFile, read_sizes
+from checkpoints.weights import QUEUES, TWINS, Sizes, WeightFile, online_name, read_sizes
 from configs.schema import PRECISIONS, load_config
 from configs.sizes import VIT_SIZES, MedConfig, load_med_config
 from models.arrangements import TrainingTexts
@@ -63,7 +63,7 @@ def load(
     weights = {key: value.to(device, torch.float32, copy=True) for key, value in own.items()}
     for key, value in model.state_dict().items():
         if key.startswith(TWINS):
-            weights[key] = weights[key.replace("_m.", ".", 1)]  # not used here: share the memory
+            weights[key] = weights[online_name(key)]  # not used here: share the memory
         elif key in QUEUES:
             weights[key] = torch.zeros_like(value, device=device)
     model.load_state_dict(weights, assign=True)

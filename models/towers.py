@@ -140,7 +140,7 @@ def start_from_towers(model: BLIP_Retrieval, plan: Plan) -> LoadReport:
 
 
 def _resample(state: dict[str, Tensor], target: dict[str, Tensor]) -> list[str]:
-    """In place: image positions of another grid, patch kernels of another side, [DEC] and [ENC] behind the words."""
+    """In place: image positions of another grid, patch kernels of another side. Returns their names."""
     resampled = []
     key = "visual_encoder.pos_embed"  # (1, 1 + g * g, V)
     if key in state and state[key].shape[1] != target[key].shape[1]:

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import train_retrieval
+from checkpoints.load import load_pretrained
+from checkpoints.weights import QUEUES
 from configs.schema import RetrievalConfig
 from models.blip_retrieval import BLIP_Retrieval
 from models.freezing import depths_below_heads, freeze, training_table
@@ -104,6 +106,24 @@ def test_freezing_nothing_is_the_same_step_bit_for_bit():
         optimizer.step()
         results.append(model.state_dict())
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+
+
+@pytest.mark.parametrize("parts", PARTS, ids="+".join)
+def test_a_files_own_momentum_twins_do_not_overwrite_frozen_layers(tmp_path, parts):
+    torch.manual_seed(5)
+    file = tiny_model()
+    with torch.no_grad():
+        for _, twin in file.twins():
+            for p in twin.parameters():
+                p.add_(1.0)
+    torch.save({"model": file.state_dict()}, tmp_path / "own_twins.pth")
+    model = model_of(parts, torch.float32)
+    load_pretrained(model, str(tmp_path / "own_twins.pth"))
+    expected = file.state_dict()
+    for key, value in model.state_dict().items():
+        online = key.replace("_m.", ".", 1)
+        if key not in QUEUES:
+            assert torch.equal(value, expected[online if is_frozen(online, parts) else key]), key
 
 
 def test_a_frozen_stem_runs_once_and_without_graph(monkeypatch):

@@ -163,6 +163,18 @@ def test_a_run_resumes_exports_and_evaluates_as_the_sum(tiny_run, capsys):
     assert "error" not in capsys.readouterr().err
 
 
+def test_a_run_with_updates_starts_from_a_checkpoint(tiny_run):
+    args = ["--config", str(tiny_run / "config.yaml"), "--device", "cpu", "--output_dir"]
+    assert train_retrieval.main([*args, str(tiny_run / "a"), "--set", "max_epoch=1"]) == 0
+    best = tiny_run / "a" / "checkpoint_best.pth"
+    less = [f"pretrained={best}", "lora={rank: 2, alpha: 2, targets: [image.qkv]}", "freeze=[image:2]", "max_epoch=1"]
+    for more in (["--check"], []):
+        assert train_retrieval.main([*args, str(tiny_run / "b"), *more, "--set", *less]) == 0
+    first, last = (torch.load(x, weights_only=True)["model"] for x in (best, tiny_run / "b" / "checkpoint_best.pth"))
+    assert torch.equal(first["visual_encoder.blocks.0.mlp.fc1.weight"], last["visual_encoder.blocks.0.mlp.fc1.weight"])
+    assert not torch.equal(first["vision_proj.weight"], last["vision_proj.weight"])
+
+
 def test_plain_weights_load_into_a_model_with_updates(tmp_path):
     plain = model_of(dtype=torch.float32)
     torch.save({"model": plain.state_dict()}, tmp_path / "plain.pth")

@@ -16,6 +16,7 @@ from checkpoints.download import RELEASED, cache_folder
 from checkpoints.files import DamagedFile
 from checkpoints.load import fit, load_pretrained, open_weights
 from checkpoints.runs import BEST, find_runs
+from checkpoints.weights import merge_lora
 from configs.datasets import SPLITS
 from configs.schema import RetrievalConfig
 from configs.sizes import MedConfig
@@ -177,7 +178,7 @@ def check_checkpoint(model: BLIP_Retrieval, source: str, job: Job) -> Findings:
         with warnings.catch_warnings(action="ignore"):  # that there is no memory to load into
             kind = load_pretrained(model, source, cfg.cache_dir).kind
     else:
-        kind = fit(open_weights(source, cfg.cache_dir), model.state_dict())[1].kind
+        kind = fit(open_weights(source, cfg.cache_dir), merge_lora(model.state_dict()), model.vit)[1].kind
     found = Findings(facts=[f"{source}: {kind}"])
     if not args.evaluate and ("already fine-tuned" in kind or "run of this program" in kind):
         found.warnings.append(
