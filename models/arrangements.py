@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.attention import training_attention
+
 POPULAR = 4  # times the mean number of tokens, above which an image is left out of the rectangle of all images
 
 
@@ -100,7 +102,7 @@ class HeatmapTexts(PlainTexts):
 def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, dropout: float, mask: Tensor | None) -> Tensor:
     """q (B, Lq, D), k and v (B, Lk, D) -> (B, Lq, D)."""
     q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, H, L, d)
-    context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    context = training_attention(q, k, v, mask, dropout)
     return context.transpose(1, 2).flatten(2)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from configs.sizes import VIT_SIZES
+from models.attention import training_attention
 
 # fairscale names autocast as torch did before 2.4, in every backward pass. The blocks below set their own precision.
 warnings.filterwarnings(
@@ -41,17 +42,19 @@ class VitBlock(Block):
 
     def forward(self, x: Tensor, autocast_dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
         with torch.autocast(x.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
-            return super().forward(x)
+            return self._run(x, x.shape[1])
 
     def forward_cls(self, x: Tensor) -> Tensor:
         """The block's output at [CLS] alone, (b, N, V) -> (b, 1, V): keys and values of all tokens, one query."""
-        attn = self.attn
-        normed = self.norm1(x)
-        qkv = F.linear(normed, attn.qkv.weight, attn.qkv.bias)  # (b, N, 3 V)
-        q, k, v = qkv.unflatten(2, (3, attn.num_heads, -1)).unbind(2)  # (b, N, heads, V / heads) each
-        q, k, v = q[:, :1].transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, heads, 1 or N, V / heads)
-        context = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (b, 1, V)
-        x = x[:, :1] + self.drop_path1(attn.proj(context))
+        return self._run(x, 1)
+
+    def _run(self, x: Tensor, tokens: int) -> Tensor:
+        """(b, N, V) -> (b, tokens, V): the block's output at the first tokens."""
+        attend = training_attention if self.training else F.scaled_dot_product_attention
+        q, k, v = self.attn.qkv(self.norm1(x)).unflatten(2, (3, self.attn.num_heads, -1)).unbind(2)  # (b, N, heads, d)
+        q, k, v = q[:, :tokens].transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, heads, tokens or N, d)
+        context = attend(q, k, v).transpose(1, 2).flatten(2)  # (b, tokens, V)
+        x = x[:, :tokens] + self.drop_path1(self.attn.proj(context))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 

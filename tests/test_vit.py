@@ -3,11 +3,14 @@
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import timm
 import torch
+from torch.nn import functional as F
 
+from models.attention import training_attention
 from models.vit import VisionTransformer
 
 ROOT = Path(__file__).parent.parent
@@ -91,3 +94,24 @@ warnings.warn_explicit(text, FutureWarning, "a.py", 1, module="elsewhere")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stderr.count("deprecated") == 1 and "a.py:1" in done.stderr, done.stderr
+
+
+def test_training_in_bfloat16_attends_in_float32_on_a_cpu():
+    """What is asked of torch's kernel, with a graph and without; and evaluation stays in bfloat16."""
+    q = torch.randn(2, 3, 5, 8, dtype=torch.bfloat16, requires_grad=True)
+    mask = torch.tensor([[True, True, True, True, False]])
+    expected = F.scaled_dot_product_attention(q.float(), q.float(), q.float(), attn_mask=mask).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                context = training_attention(q, q, q, mask)
+            assert context.dtype == torch.bfloat16 and torch.equal(context, expected)
+    training_attention(q, q, q, mask).float().sum().backward()
+    assert q.grad is not None and q.grad.dtype == torch.bfloat16
+
+    vit = VisionTransformer("nano", 32)
+    for training, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        kernel = mock.patch.object(F, "scaled_dot_product_attention", side_effect=lambda q, k, v, **_: q)
+        with kernel as spy, torch.autocast("cpu", torch.bfloat16):
+            vit.train(training)(torch.randn(1, 3, 32, 32))
+        assert [call.args[0].dtype for call in spy.call_args_list] == [dtype] * 6
