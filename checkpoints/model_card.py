@@ -79,8 +79,8 @@ def _training(file: WeightFile, trained: dict[str, Any]) -> list[str]:
     files = ", ".join(str(trained[key]) for key in ("train_file",) if trained.get(key))
     sources = [trained[key] for key in ("pretrained", "image_tower", "text_tower") if trained.get(key)]
     start = " and ".join(Path(source).name for source in sources) or "random weights"
-    keys = ("init_lr", "warmup_steps", "layer_decay", "freeze", "lora", "global_batch_size", "max_epoch", "momentum",
-            "queue_size", "precision", "seed")  # fmt: skip
+    keys = ("init_lr", "warmup_steps", "random_negative_steps", "layer_decay", "freeze", "lora", "global_batch_size",
+            "max_epoch", "momentum", "queue_size", "precision", "seed")  # fmt: skip
     settings = ", ".join(f"{key} {trained[key]}" for key in keys if trained.get(key) is not None)
     epoch = file.extra.get("epoch")
     return [

@@ -109,6 +109,10 @@ class RetrievalConfig:
         True, "hard negatives from all ranks (true) or only from the sample's own rank (false)"
     )
 
+    random_negative_steps: int = knob(
+        0, "first optimizer steps with negatives drawn at random, by which untrained matching learns sooner", 0
+    )
+
     # --- batches
     batch_size_train: int = knob(32, "MICRO-batch: samples per forward and backward pass of one process", 1)
     global_batch_size: int = knob(None, "samples per optimizer step; null = batch_size_train x processes", 1)

@@ -34,10 +34,12 @@ def sample_negatives(
     candidates: Tensor,
     idx: Tensor,
     candidate_idx: Tensor,
-    temp: Tensor,
+    temp: Tensor | float,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw one candidate for each sample from softmax(similarity / temp), leaving out those of the same image id.
+
+    An infinite temp draws all of them with equal probability.
 
     feat (r, E), candidates (c, E), idx (r,), candidate_idx (c,) -> drawn index (r,), whether there was any (r,).
     In log space, so that nothing underflows at low temperatures (BLIP's softmax then fails in torch.multinomial), and

@@ -22,7 +22,8 @@ OWN_KEYS = """finetuned med_config train_file val_file test_file patch_size pos_
     global_batch_size ranks_emulated warmup_steps temp_lr_scale augment num_workers precision eval_precision
     rerank_tokens keep_graphs compile save_every_steps keep_last on_bad_sample grey_bits flatten_alpha cache_dir
     patience eval_before log_every tensorboard image_tower text_tower image_mean image_std tokenizer max_words
-    max_tokens vit_init_std freeze layer_decay lora fetch cache_gb""".split()
+    max_tokens vit_init_std freeze layer_decay lora fetch cache_gb
+    random_negative_steps""".split()
 
 
 def write(folder: Path, text: str) -> Path:

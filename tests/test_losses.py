@@ -52,6 +52,15 @@ def test_draws_follow_the_masked_softmax():
     torch.testing.assert_close(observed, weights[1] / weights[1].sum(), atol=0.01, rtol=0)
 
 
+def test_an_infinite_temperature_draws_all_others_equally():
+    torch.manual_seed(0)
+    feat, idx, rows = F.normalize(torch.randn(5, 8), dim=1), torch.tensor([0, 1, 1, 2, 3]), 40000
+    drawn, found = itm.sample_negatives(feat[1].expand(rows, 8), feat, idx[1].expand(rows), idx, torch.inf, None)
+    observed = torch.bincount(drawn, minlength=5) / rows
+    torch.testing.assert_close(observed, torch.tensor([1, 0, 0, 1, 1]) / 3, atol=0.01, rtol=0)
+    assert found.all()
+
+
 def test_generator_decides_the_draw():
     feat, idx, temp = torch.randn(64, 8), torch.arange(64), torch.tensor(1.0)
     draws = [itm.sample_negatives(feat, feat, idx, idx, temp, torch.Generator().manual_seed(s))[0] for s in (1, 1, 2)]

@@ -62,6 +62,22 @@ def test_trains_evaluates_and_leaves_a_run_folder(tiny_run, capsys):
         assert word in messages
 
 
+def test_negatives_are_drawn_at_random_in_the_first_steps_alone(tiny_run, monkeypatch):
+    """The step says whether they are hard; a resumed run counts on."""
+    flags, original = [], loop.train_step
+
+    def spy(*args, hard_negatives: bool, **kwargs):
+        flags.append(hard_negatives)
+        return original(*args, hard_negatives=hard_negatives, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", spy)
+    some = ["--set", "random_negative_steps=4", "eval_before=false"]
+    assert run(tiny_run, *some, "max_epoch=1") == 0
+    assert run(tiny_run, *some, "max_epoch=3", "--resume", "auto") == 0
+    steps = len(flags) // 3
+    assert flags == [False] * 4 + [True] * (3 * steps - 4) and steps < 4  # 24 pairs in batches of 8
+
+
 def test_evaluate_writes_its_result_and_nothing_else(tiny_run):
     assert run(tiny_run) == 0
     before = {path.name: path.stat().st_mtime_ns for path in (tiny_run / "out").iterdir()}

@@ -196,6 +196,21 @@ def test_the_host_reads_nothing_but_the_draws(monkeypatch, negative_all_rank):
     assert len(pools) == (1 if negative_all_rank else RANKS)
 
 
+def test_negatives_at_random_do_not_look_at_similarity(monkeypatch):
+    """Without the noise, the likeliest is the most similar other image; at random all are equal, so the first other."""
+    argmax_instead_of_sampling(monkeypatch)
+    image, text, idx = inputs()
+    drawn = []
+    for hard in (True, False):
+        step = RetrievalStep(half_filled(tiny_model(F64)), image, text, idx, 0.3, hard_negatives=hard)
+        feat = torch.nn.functional.normalize(torch.randn(12, 32, dtype=F64, generator=torch.manual_seed(0)), dim=1)
+        drawn.append(step.draw_negatives(slice(0, 12), feat, feat.roll(1, 0)))
+    others = [[j for j in range(12) if idx[j] != idx[i]] for i in range(12)]
+    assert drawn[1].image == drawn[1].text == [some[0] for some in others]
+    sim = feat.roll(1, 0) @ feat.T
+    assert drawn[0].image == [max(some, key=lambda j, i=i: sim[i, j]) for i, some in enumerate(others)]
+
+
 def test_a_pool_of_one_image_is_reported():
     image, text, _ = inputs()
     report = train_step(half_filled(tiny_model(F64)), image, text, torch.zeros(12, dtype=torch.long), 0.3)

@@ -327,4 +327,5 @@ def compute_gradients(
             generators=[generator(device, seed, epoch, step, 1 + rank) for rank in ranks],
             poll=poll,
             momentum_moved=momentum_moved,
+            hard_negatives=epoch * steps + step >= cfg.random_negative_steps,
         )

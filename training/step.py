@@ -78,11 +78,13 @@ class RetrievalStep:
         generators: Sequence[torch.Generator] | None = None,
         poll: Callable[[], None] = never_stop,
         momentum_moved: bool = False,
+        hard_negatives: bool = True,
     ):
         self.model, self.image, self.idx, self.alpha = model, image, idx, alpha
         self.ranks, self.batch = ranks, len(image) // ranks
         self.generators: Sequence[torch.Generator | None] = generators or [None] * ranks
         self.gather = all_gather if model.negative_all_rank else lambda x: x
+        self.negative_temp = model.temp if hard_negatives else torch.inf  # all candidates equally likely
         self.offset = get_rank() * len(image) if model.negative_all_rank else 0  # this process's place in the pool
         self.pool_idx = self.gather(idx)
         self.pool_text, self.lengths = _pool_text(
@@ -118,7 +120,7 @@ class RetrievalStep:
         return [everything] if self.model.negative_all_rank else slices(0, len(self.image), self.batch)
 
     def draw_negatives(self, pool: slice, image_feat: Tensor, text_feat: Tensor) -> Negatives:
-        """A hard negative image for each text of the pool, then a hard negative text for each image.
+        """A negative image for each text of the pool, then a negative text for each image.
 
         image_feat and text_feat (m, E) belong to the pool's samples on this process.
         """
@@ -130,7 +132,7 @@ class RetrievalStep:
             generator = self.generators[(pool.start + own.start) // self.batch]
             for feat, candidates in ((text_feat, image_pool), (image_feat, text_pool)):
                 drawn, found = itm.sample_negatives(
-                    feat[own], candidates, idx[own], pool_idx, self.model.temp, generator
+                    feat[own], candidates, idx[own], pool_idx, self.negative_temp, generator
                 )
                 self.starved |= ~found.all()
                 draws.append(drawn)
@@ -221,6 +223,7 @@ def train_step(
     generators: Sequence[torch.Generator] | None = None,
     poll: Callable[[], None] = never_stop,
     momentum_moved: bool = False,
+    hard_negatives: bool = True,
 ) -> StepReport:
     """Accumulate the gradients of one step into `.grad`, and write the queues.
 
@@ -230,8 +233,11 @@ def train_step(
 
     `poll` is called before each micro-batch and may raise to leave the step. A step that was left has changed nothing
     but the momentum twins (and clamped the temperature): take it again with `momentum_moved`.
+    `hard_negatives` False draws them at random.
     """
-    step = RetrievalStep(model, image, text, idx, alpha, ranks, micro_batch, generators, poll, momentum_moved)
+    step = RetrievalStep(
+        model, image, text, idx, alpha, ranks, micro_batch, generators, poll, momentum_moved, hard_negatives
+    )
     size = micro_batch or len(image)
     text_feat = torch.cat([_backward_texts(step, part, poll) for part in slices(0, len(image), TEXTS_PER_IMAGE * size)])
     for pool in step.pools():
