@@ -9,7 +9,7 @@ A step is gradients, momentum update, queue and AdamW. Published: per-sample mul
 in two passes over repeated image tokens, a loop over parameters for the momentum update, captions padded to 35, the
 last 4 image blocks recomputed as in its configs, attention by matrices as its code has it; a second row gives it fused
 attention. With `--ranks` R it does the share of one GPU, R times less, and its time is multiplied by R: the whole does
-not fit one card. Draws are random when timed.
+not fit one card. In bf16 on a CPU, a last row has attention as torch computes it there. Draws are random when timed.
 
 The same run compares gradients in eval mode (no dropout) on a smaller batch of all ranks, published float32 against
 ours in each precision; both get the same negatives, independent of rounding. Arithmetic (matrix products, FLOP) is
@@ -245,6 +245,9 @@ def all_ways(model: BLIP_Retrieval, batch: TrainBatch, args: argparse.Namespace)
         keep = cache(partial(kept_graphs, model, args, fused))  # decided when it runs first, all else being in memory
         work = partial(ours_keeping, model, whole, args, keep)
         ways.append(Way("**this repository**", name, args.batch, whole_step(model, name, fused, work), fused))
+        if name == "bf16" and device.type == "cpu":
+            plain = whole_step(model, name, fused, partial(with_torchs_attention, work))
+            ways.append(Way("this repository, attention in bfloat16", name, args.batch, plain, fused))
     if args.compile:
         compiled = build_model(args).to(device).train()
         compiled.load_state_dict(model.state_dict(), assign=True)  # the same memory
@@ -255,6 +258,16 @@ def all_ways(model: BLIP_Retrieval, batch: TrainBatch, args: argparse.Namespace)
             run = whole_step(compiled, name, fused, partial(ours_keeping, compiled, whole, args, keep))
             ways.append(Way("**this repository**, compiled", name, args.batch, run, fused))
     return ways
+
+
+def with_torchs_attention(work: Callable[[], None]) -> None:
+    """As the step would be without `models.attention`."""
+    kernel = torch.nn.functional.scaled_dot_product_attention
+    with (
+        mock.patch("models.arrangements.training_attention", lambda q, k, v, mask, drop: kernel(q, k, v, mask, drop)),
+        mock.patch("models.vit.training_attention", kernel),
+    ):
+        work()
 
 
 def by_matrices():

@@ -24,7 +24,9 @@ def test_gradients_are_equal(options, extra, differs, capsys):
     main([*options, *extra])
     out = capsys.readouterr().out
     rows = [row for row in re.findall(r"^\| .+ \|$", out, re.MULTILINE) if "| precision |" not in row]
-    assert len(rows) == 3 and rows[0].startswith("| published |")
+    words = [row.split("|")[1].strip(" *") for row in rows]
+    bfloat16 = ["this repository, attention in bfloat16"] * ("bf16" in extra)
+    assert words == ["published", "published, fused attention", "this repository", *bfloat16]
     assert 0 < float(rows[2].split("|")[-2]) < differs
     assert float(re.search(r"worst parameter: \w+ (\S+)", out)[1]) < 10 * differs
 
