@@ -57,6 +57,9 @@ def init_distributed(device: str = "auto") -> torch.device:
                 f"--nproc_per_node={present}, or let CUDA_VISIBLE_DEVICES name {local + 1} GPUs."
             )
         device = f"cuda:{local}"
+    # oneDNN keeps what it compiled for each shape, and hardly two steps have the same number of tokens: with its own
+    # limit of 1,024, bfloat16 training on a CPU grows by gigabytes and slows down. This holds a step's shapes.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "200")
     if device.startswith("cuda"):
         torch.cuda.set_device(device)  # fairscale saves the random state of the current device
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():

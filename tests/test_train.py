@@ -17,6 +17,7 @@ from configs.schema import load_config
 from data.findings import Findings
 from models.towers import plan_model
 from training import loop
+from utils import init_distributed
 
 ROOT = Path(__file__).parent.parent
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
@@ -60,6 +61,15 @@ def test_trains_evaluates_and_leaves_a_run_folder(tiny_run, capsys):
     messages = capsys.readouterr().err
     for word in ("eta", "loss_ita", "loss_itm", "lr ", "images/s", "MB", "chance", "k_test 64 is larger"):
         assert word in messages
+
+
+@pytest.mark.parametrize(("told", "kept"), [(None, "200"), ("50", "50")])
+def test_onednn_keeps_the_shapes_of_a_step_unless_told_otherwise(monkeypatch, told, kept):
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", told or "")
+    if not told:
+        monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    init_distributed("cpu")
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == kept
 
 
 def test_negatives_are_drawn_at_random_in_the_first_steps_alone(tiny_run, monkeypatch):
