@@ -9,7 +9,7 @@ A step is gradients, momentum update, queue and AdamW. Published: per-sample mul
 in two passes over repeated image tokens, a loop over parameters for the momentum update, captions padded to 35, the
 last 4 image blocks recomputed as in its configs, attention by matrices as its code has it; a second row gives it fused
 attention. With `--ranks` R it does the share of one GPU, R times less, and its time is multiplied by R: the whole does
-not fit one card. In bf16 on a CPU, a last row has attention as torch computes it there. Draws are random when timed.
+not fit one card. In bf16 on a CPU, one more row has attention as published. Draws are random when timed.
 
 The same run compares gradients in eval mode (no dropout) on a smaller batch of all ranks, published float32 against
 ours in each precision; both get the same negatives, independent of rounding. Arithmetic (matrix products, FLOP) is
@@ -240,7 +240,7 @@ def all_ways(model: BLIP_Retrieval, batch: TrainBatch, args: argparse.Namespace)
     ways = []
     for name in args.precision:
         for words, context in (("published", by_matrices), ("published, fused attention", nullcontext)):
-            work = partial(published_in, context, model, share)
+            work = partial(with_torchs_attention, partial(published_in, context, model, share))
             ways.append(Way(words, name, len(share.idx), whole_step(model, name, loop, work), loop))
         keep = cache(partial(kept_graphs, model, args, fused))  # decided when it runs first, all else being in memory
         work = partial(ours_keeping, model, whole, args, keep)

@@ -99,10 +99,13 @@ class HeatmapTexts(PlainTexts):
         return (F.dropout(self.attention, dropout) @ v).transpose(1, 2).flatten(2)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, dropout: float, mask: Tensor | None) -> Tensor:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, dropout: float, mask: Tensor | None, training: bool = False
+) -> Tensor:
     """q (B, Lq, D), k and v (B, Lk, D) -> (B, Lq, D)."""
+    kernel = training_attention if training else F.scaled_dot_product_attention
     q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, H, L, d)
-    context = training_attention(q, k, v, mask, dropout)
+    context = kernel(q, k, v, mask, dropout)
     return context.transpose(1, 2).flatten(2)
 
 
@@ -156,7 +159,7 @@ class TrainingTexts:
         firsts_alone, shape = len(q) == self.num_texts, (self.num_texts, self.length)
         k, v = (_rectangle(x, self.slot_in_text, shape) for x in (k, v))  # (P, L, D)
         q = q[:, None] if firsts_alone else _rectangle(q, self.slot_in_text, shape)  # (P, 1 or L, D)
-        context = _attend(q, k, v, heads, dropout, self.mask).flatten(0, 1)
+        context = _attend(q, k, v, heads, dropout, self.mask, training=True).flatten(0, 1)
         return context if firsts_alone else context.index_select(0, self.slot_in_text)
 
     def attend_image(self, q: Tensor, k: Tensor, v: Tensor, heads: int, dropout: float) -> Tensor:
@@ -165,9 +168,10 @@ class TrainingTexts:
         slots, crowd = self.slots_in_image[firsts_alone], self.crowds[firsts_alone]
         rows = q.new_zeros(crowd.size, q.shape[1]).index_copy(0, slots, q)  # (rectangle and popular images, D)
         rectangle, *popular = rows.split([crowd.size - sum(crowd.popular.values()), *crowd.popular.values()])
-        parts = [_attend(rectangle.unflatten(0, (len(k), -1)), k, v, heads, dropout, None).flatten(0, 1)]
+        how = heads, dropout, None, True
+        parts = [_attend(rectangle.unflatten(0, (len(k), -1)), k, v, *how).flatten(0, 1)]
         for i, queries in zip(crowd.popular, popular, strict=True):
-            parts.append(_attend(queries[None], k[i : i + 1], v[i : i + 1], heads, dropout, None)[0])
+            parts.append(_attend(queries[None], k[i : i + 1], v[i : i + 1], *how)[0])
         return (torch.cat(parts) if popular else parts[0]).index_select(0, slots)
 
 

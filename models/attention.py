@@ -9,7 +9,8 @@ def training_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = No
     """softmax(q k / sqrt(d)) v: q (..., Lq, d), k and v (..., Lk, d), mask (..., 1 or Lq, Lk) of bool -> (..., Lq, d).
 
     On a CPU, bfloat16 is computed in float32: the backward pass of torch's fused attention takes several times as
-    long there in bfloat16 (benchmarks/results/training_step.md). With or without graph, as both must give the same.
+    long there in bfloat16 (benchmarks/results/training_step.md). With or without a graph, as an image may be encoded
+    once without and again with one.
     """
     if q.dtype == torch.bfloat16 and q.device.type == "cpu":
         with torch.autocast("cpu", enabled=False):  # it would cast them back

@@ -207,8 +207,9 @@ def test_negatives_at_random_do_not_look_at_similarity(monkeypatch):
         drawn.append(step.draw_negatives(slice(0, 12), feat, feat.roll(1, 0)))
     others = [[j for j in range(12) if idx[j] != idx[i]] for i in range(12)]
     assert drawn[1].image == drawn[1].text == [some[0] for some in others]
-    sim = feat.roll(1, 0) @ feat.T
+    sim = feat.roll(1, 0) @ feat.T  # texts with images
     assert drawn[0].image == [max(some, key=lambda j, i=i: sim[i, j]) for i, some in enumerate(others)]
+    assert drawn[0].text == [max(some, key=lambda j, i=i: sim[j, i]) for i, some in enumerate(others)]
 
 
 def test_a_pool_of_one_image_is_reported():

@@ -10,6 +10,7 @@ import timm
 import torch
 from torch.nn import functional as F
 
+from models.arrangements import PlainTexts, TrainingTexts
 from models.attention import training_attention
 from models.vit import VisionTransformer
 
@@ -115,3 +116,11 @@ def test_training_in_bfloat16_attends_in_float32_on_a_cpu():
         with kernel as spy, torch.autocast("cpu", torch.bfloat16):
             vit.train(training)(torch.randn(1, 3, 32, 32))
         assert [call.args[0].dtype for call in spy.call_args_list] == [dtype] * 6
+
+    x, states = torch.randn(4, 8, dtype=torch.bfloat16), torch.randn(1, 3, 8, dtype=torch.bfloat16)
+    for texts, dtype in ((TrainingTexts([2, 2], x.device, [0, 0], 1), torch.float32), (PlainTexts(None), x.dtype)):
+        own = x if dtype == torch.float32 else x[None]
+        with mock.patch.object(F, "scaled_dot_product_attention", side_effect=lambda q, k, v, *_, **__: q) as spy:
+            texts.attend_text(own, own, own, 2, 0.0)
+            texts.attend_image(own, states, states, 2, 0.0)
+        assert [call.args[0].dtype for call in spy.call_args_list] == [dtype] * 2

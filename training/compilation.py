@@ -11,7 +11,7 @@ def compile_encoders(model: BLIP_Retrieval) -> None:
     """`compile: true`: fuse what lies between the matrix products of both encoders and of their twins, in place.
 
     Names in the state dict stay. An image block is compiled whole, but where its forward is recomputed (checkpointing,
-    stochastic depth) only its parts without randomness. Of a text layer it is the MLP and dropout + add + LayerNorm,
+    stochastic depth) only its MLP. Of a text layer it is the MLP and dropout + add + LayerNorm,
     whatever the arrangement of tokens.
     """
     torch._dynamo.config.recompile_limit = 64  # modes x shapes: train, no_grad, eval, a last smaller batch
@@ -24,7 +24,7 @@ def _to_compile(model: BLIP_Retrieval) -> list[nn.Module]:
     for image_encoder in (model.visual_encoder, model.visual_encoder_m):
         for block in image_encoder.blocks:
             checkpointed = "forward" in vars(block)  # patched by fairscale
-            chosen += [block.attn, block.mlp] if checkpointed or image_encoder.stochastic else [block]
+            chosen += [block.mlp] if checkpointed or image_encoder.stochastic else [block]
     for text_encoder in (model.text_encoder, model.text_encoder_m):
         chosen += [m for m in text_encoder.modules() if isinstance(m, ResidualOutput | Intermediate)]
     return chosen

@@ -158,6 +158,7 @@ def saved_by_freezing(trial: Trial, local: int, micro_batch: int, arithmetic: st
     if not model.visual_encoder.stem_frozen:
         return [line]
     image = trial.batch.image[:micro_batch].to(trial.device)
+    model.train()
     with precision(model, arithmetic):
         seconds, _ = _seconds(trial.device, lambda: model.image_stem(image))
     saved = seconds * local / len(image)

@@ -7,7 +7,7 @@ image, so the step goes through the images and needs no gradient cache:
     2. text micro-batches: t2i contrast, backward at once
     3. image features of all samples that may be drawn as negatives; graphs of the last micro-batches are kept, as many
        as memory allows (`memory.py`)
-    4. draw hard negatives
+    4. draw negatives, hard ones unless `random_negative_steps` says otherwise
     5. image micro-batches: i2t contrast, all pairs that touch these images, backward at once
     6. write the queues in rank order
 
