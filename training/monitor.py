@@ -45,8 +45,9 @@ class TrainingWarnings:
                 "itm",
                 f"{where}: loss_itm was {mean:.4f} over the last {len(self.losses)} steps, which is what guessing "
                 f"gives ({self.ITM_PRIOR:.4f}): matching has learnt nothing yet. Start from a checkpoint (pretrained) "
-                "whose text encoder has trained cross-attention; from random weights train longer, with warmup_steps "
-                "and a higher init_lr",
+                "whose text encoder has trained cross-attention; else train longer, with warmup_steps and "
+                "random_negative_steps, and an init_lr that is neither for fine-tuning (1e-5) nor too high "
+                "(from towers about 2e-4)",
             )
         low, high = TEMP_RANGE
         if not low * 1.0001 < temp < high * 0.9999:  # float32

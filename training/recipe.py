@@ -40,7 +40,8 @@ def check_recipe(cfg: RetrievalConfig, table: Annotations) -> Findings:
     if (cfg.image_tower or cfg.text_tower) and cfg.init_lr < FROM_TOWERS:
         found.warnings.append(
             f"init_lr {cfg.init_lr:g} is one to fine-tune a whole BLIP with; from towers, cross-attention and heads "
-            "start at random: set init_lr to 1e-4 or more, with warmup_steps, and layer_decay below 1 for the towers"
+            "start at random: set init_lr to about 2e-4, with warmup_steps and random_negative_steps, and layer_decay "
+            "below 1 for the towers"
         )
     if cfg.pretrained:
         found.warnings += recipe_warnings(cfg, steps * cfg.max_epoch)
