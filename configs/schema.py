@@ -106,7 +106,6 @@ class RetrievalConfig:
     queue_size: int = knob(57600, "momentum features kept as contrastive targets, at least a global batch", 1)
     alpha: float = knob(0.4, "weight of the momentum encoders' soft targets; ramps up over the first epoch", 0, 1)
     negative_all_rank: bool = knob(True, "negatives from all ranks (true) or only from the sample's own rank (false)")
-
     random_negative_steps: int = knob(
         0, "first optimizer steps with negatives drawn at random, by which untrained matching learns sooner", 0
     )
