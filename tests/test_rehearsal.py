@@ -108,7 +108,7 @@ STEPS = 2
 CONFIG = {
     "precision": "fp32", "batch_size_train": 3, "alpha": 0.4, "init_lr": 1e-3, "weight_decay": 0.05, "log_every": 100,
     "temp_lr_scale": 1.0, "layer_decay": 1.0, "keep_graphs": "auto", "image_size": 32, "global_batch_size": 8,
-    "ranks_emulated": 2,
+    "ranks_emulated": 2, "random_negative_steps": 1,  # one step of each kind
 }  # fmt: skip
 
 
