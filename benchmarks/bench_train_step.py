@@ -263,10 +263,8 @@ def all_ways(model: BLIP_Retrieval, batch: TrainBatch, args: argparse.Namespace)
 def with_torchs_attention(work: Callable[[], None]) -> None:
     """As the step would be without `models.attention`."""
     kernel = torch.nn.functional.scaled_dot_product_attention
-    with (
-        mock.patch("models.arrangements.training_attention", lambda q, k, v, mask, drop: kernel(q, k, v, mask, drop)),
-        mock.patch("models.vit.training_attention", kernel),
-    ):
+    texts, images = (mock.patch(f"models.{file}.training_attention", kernel) for file in ("arrangements", "vit"))
+    with texts, images:
         work()
 
 

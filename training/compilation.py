@@ -11,8 +11,8 @@ def compile_encoders(model: BLIP_Retrieval) -> None:
     """`compile: true`: fuse what lies between the matrix products of both encoders and of their twins, in place.
 
     Names in the state dict stay. An image block is compiled whole, but where its forward is recomputed (checkpointing,
-    stochastic depth) only its MLP. Of a text layer it is the MLP and dropout + add + LayerNorm,
-    whatever the arrangement of tokens.
+    stochastic depth) only its MLP. Of a text layer it is the MLP and dropout + add + LayerNorm, whatever the
+    arrangement of tokens.
     """
     torch._dynamo.config.recompile_limit = 64  # modes x shapes: train, no_grad, eval, a last smaller batch
     for module in _to_compile(model):
