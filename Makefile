@@ -13,6 +13,9 @@ EXTRAS := $(sort $(wildcard requirements-*.txt))
 DEMO := output/retrieval_scenes
 CHROMIUM ?= chromium
 
+# Two processes share the tests, file by file. The models are tiny, so a second thread would help neither.
+TESTS := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile
+
 .PHONY: demo pictures test test-slow gpu-report lint
 
 demo: $(INSTALLED)
@@ -30,10 +33,10 @@ $(DEMO)/checkpoint_best.pth:
 	$(MAKE) demo
 
 test: $(INSTALLED)
-	.venv/bin/python -m pytest
+	$(TESTS)
 
 test-slow: $(INSTALLED)
-	.venv/bin/python -m pytest -m slow
+	$(TESTS) -m slow
 
 gpu-report: $(INSTALLED)
 	.venv/bin/python -m benchmarks.gpu_report
