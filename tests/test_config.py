@@ -82,7 +82,7 @@ def test_config_is_frozen_and_empty_text_may_be_left_blank(tmp_path):
         cfg.k_test = 3
 
 
-@pytest.mark.parametrize("path", [*SHIPPED, *ASSETS.glob("*.yaml")], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*SHIPPED, *sorted(ASSETS.glob("*.yaml"))], ids=lambda path: path.stem)
 def test_saved_config_loads_back_equal(path, tmp_path):
     cfg = load_config(path, ["weight_decay=3.5e-6", "keep_graphs=12", "cache_dir='a: b # c'"])
     save_config(cfg, tmp_path / "config.yaml")
@@ -296,6 +296,8 @@ def test_shipped_config_loads_resolves_and_opens_with_its_own_command(path):
     assert "Adjusted from the published recipe" in head
     assert cfg.dataset == path.stem.removeprefix("retrieval_") or path.stem == "retrieval_flickr8k"
     assert cfg.vit != "auto" or cfg.image_tower
+    on_two = load_config(path, ["ranks_emulated=2"] if "and set ranks_emulated: 2.\n" in head else [], world_size=2)
+    assert on_two.ranks_emulated % 2 == 0 and (small or on_two.global_batch_size == cfg.global_batch_size)
     text_encoder = load_med_config(ROOT / cfg.med_config)
     assert text_encoder.vocab_size == 30524
     assert text_encoder.hidden_size % text_encoder.num_attention_heads == 0
