@@ -24,6 +24,8 @@ from models.attention import training_attention
 warnings.filterwarnings(
     "ignore", r".torch\.cuda\.amp\.autocast\(", FutureWarning, r"fairscale\.nn\.checkpoint\.checkpoint_activations"
 )
+# Said of a recomputed block behind frozen ones. Its input needs no gradient, but its weights do, and get theirs.
+warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True", UserWarning)
 
 
 class VitBlock(Block):
