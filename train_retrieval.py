@@ -100,15 +100,15 @@ def run(cfg: RetrievalConfig, args: argparse.Namespace) -> int:
     from retrieval.evaluate import evaluate_only
     from training.dry_run import print_dry_run
     from training.loop import train
-    from training.preflight import preflight, weights_to_evaluate, with_precisions
-    from utils import Stopped, StopSignal, from_main, init_distributed, is_main, leave_distributed, setup_logging
+    from training.preflight import of_all_processes, preflight, weights_to_evaluate, with_precisions
+    from utils import Stopped, StopSignal, init_distributed, is_main, leave_distributed, setup_logging
 
     device = init_distributed(args.device)
     setup_logging()
     cfg = with_precisions(cfg, device)
     job, found = preflight(cfg, args)
     cfg = job.cfg
-    found.errors = from_main(found.errors)
+    found.errors = of_all_processes(found.errors)
     if args.check and is_main():
         found.print()
     if found.errors and not is_main():

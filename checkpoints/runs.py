@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from checkpoints.files import DamagedFile, few, read_pth
@@ -77,6 +77,12 @@ def save_checkpoint(
         write_atomically({"model": state, "optimizer": optimizer.state_dict(), **plain}, path)
 
 
+def size_of_save(model: nn.Module) -> int:
+    """Bytes: all weights, twins and queues, each once where they are shared, and AdamW's two averages of what trains."""
+    state = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return state + 2 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+
+
 def write_atomically(data: dict[str, Any], path: Path) -> None:
     """torch.save to a name beside `path`, to the disk, then rename."""
     part = path.with_name(path.name + PART)
@@ -135,6 +141,15 @@ def save_run(
         for older in runs[place + max(1, keep_last) :]:
             older.unlink()
     return path
+
+
+def epoch_of_best(folder: Path) -> int | str:
+    """The epoch whose weights `checkpoint_best.pth` holds, or words that say why there are none."""
+    path = folder / BEST
+    try:
+        return int(read_pth(path)["epoch"]) if path.exists() else "missing"
+    except (ValueError, KeyError, TypeError):
+        return "not readable"
 
 
 # ---- resuming -------------------------------------------------------------------------------------------------------

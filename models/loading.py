@@ -21,7 +21,7 @@ from torch import Tensor
 
 from checkpoints.load import fit, open_weights, require_equal_heads
 from checkpoints.weights import QUEUES, TWINS, Sizes, WeightFile, online_name, read_sizes
-from configs.schema import PRECISIONS, load_config
+from configs.schema import AUTO, PRECISIONS, load_config
 from configs.sizes import VIT_SIZES, MedConfig, load_med_config
 from models.arrangements import TrainingTexts
 from models.blip_retrieval import BLIP_Retrieval
@@ -262,10 +262,11 @@ def file_sizes(file: WeightFile, config: str = "") -> tuple[Sizes, MedConfig]:
     if not config:
         return sizes, text_config(file, sizes)
     cfg = load_config(config)
-    med = load_med_config(find_path(cfg.med_config))
+    med = text_config(file, sizes) if cfg.med_config == AUTO else load_med_config(find_path(cfg.med_config))
     require_equal_heads(file, med)
-    size = VIT_SIZES[cfg.vit]
-    vit = size.norm_pre, cfg.vit
+    name = sizes.vit if cfg.vit == AUTO else cfg.vit
+    size = VIT_SIZES[name]
+    vit = size.norm_pre, name
     return Sizes(size.width, size.depth, cfg.patch_size, cfg.image_size, cfg.embed_dim, sizes.text, *vit), med
 
 

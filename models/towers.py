@@ -200,8 +200,13 @@ def _with_text_tower(cfg: RetrievalConfig, tower: TextTower, tokenizer: CaptionT
                      if getattr(med, key) != getattr(wanted, key)]  # fmt: skip
         if different:
             raise ValueError(f"text_tower {tower.name}: has {', '.join(different)}: set med_config: auto.")
-        med = replace(wanted, layer_norm_eps=med.layer_norm_eps, max_position_embeddings=med.max_position_embeddings)
+        med = _with_towers_own(wanted, med)
     return med
+
+
+def _with_towers_own(wanted: MedConfig, tower: MedConfig) -> MedConfig:
+    """`wanted`, with what a text tower decides whatever the config's JSON says."""
+    return replace(wanted, layer_norm_eps=tower.layer_norm_eps, max_position_embeddings=tower.max_position_embeddings)
 
 
 def _plan_of_checkpoint(cfg: RetrievalConfig, file: WeightFile) -> Plan:
@@ -214,6 +219,8 @@ def _plan_of_checkpoint(cfg: RetrievalConfig, file: WeightFile) -> Plan:
         med = MedConfig(**file.extra["text_config"])
     else:
         med = load_med_config(find_path(cfg.med_config))
+        if cfg.text_tower and "text_config" in file.extra:
+            med = _with_towers_own(med, MedConfig(**file.extra["text_config"]))
     mean, std = trained.get("image_mean") or list(MEAN), trained.get("image_std") or list(STD)
     if cfg.image_mean is not None and (cfg.image_mean, cfg.image_std) != (mean, std):
         raise ValueError(

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shutil
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,17 +12,20 @@ import pytest
 import torch
 from PIL import Image
 
+from checkpoints.runs import RunState, save_run, size_of_save
 from configs.schema import RetrievalConfig, load_config
 from data import findings, image_checks
 from data.annotations import Annotations
 from data.caption_checks import check_captions, read
 from models.blip_retrieval import build_model
+from models.freezing import train_less
 from retrieval import evaluate
 from retrieval.metrics import within_noise
 from tests.test_train import ROOT, lines, run
 from training import loop
 from training.monitor import TrainingWarnings
 from training.recipe import check_disk, check_recipe, require_negatives
+from training.schedule import build_optimizer
 from transform.text import blip_tokenizer, clean_caption
 
 
@@ -108,6 +112,9 @@ def test_a_finetuned_checkpoint_is_told_from_a_pretrained_one(tiny_run, capsys):
     assert "weights.pth: pre-trained BLIP" in report and "already" not in report
     address = "https://example.org/x/model_nowhere.pth"
     assert f"{address}: not here yet" in check(tiny_run, capsys, f"pretrained={address}")
+    assert f"{address}: not here yet, so neither its sizes" in check(
+        tiny_run, capsys, f"pretrained={address}", "vit=auto"
+    )
 
 
 def test_pixels_that_show_nothing_are_counted_and_named(tiny_run, capsys):
@@ -192,9 +199,35 @@ def test_batch_and_rate_are_held_against_the_published_rule(changes, said):
 
 def test_room_for_checkpoints(tmp_path, monkeypatch):
     monkeypatch.setattr("training.recipe.shutil.disk_usage", lambda path: SimpleNamespace(free=15_000_000_000))
-    found = check_disk(tmp_path / "a" / "b", 223_000_000, keep_last=2)
+    found = check_disk(tmp_path / "a" / "b", 3_570_000_000, keep_last=2)
     assert not found.errors and "4 checkpoints of 3.57 GB at most, 15 GB free" in found.facts[0]
-    assert "too full" in check_disk(tmp_path / "a", 250_000_000, 2).errors[0]
+    assert "too full" in check_disk(tmp_path / "a", 4_000_000_000, 2).errors[0]
+
+
+LESS = {
+    "all": {},
+    "freeze": {"freeze": ["image", "text:1"]},
+    "lora": {"lora": {"rank": 2, "alpha": 4, "targets": ["image.qkv"]}},
+}
+
+
+@pytest.mark.parametrize("name", LESS)
+def test_the_size_of_a_save_is_that_of_the_file(tiny_run, name):
+    """Frozen weights are in it too, with their twins where these are not shared; known before there is memory."""
+    cfg = load_config(tiny_run / "config.yaml", LESS[name])
+    with torch.device("meta"):
+        model = build_model(cfg)
+        train_less(model, cfg)
+        expected = size_of_save(model)
+    model = build_model(cfg)
+    train_less(model, cfg)
+    optimizer = build_optimizer(model, cfg)
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    path = save_run(tiny_run / "out", model, optimizer, asdict(cfg), RunState(), keep_last=1)
+    names = 700_000  # the vocabulary and what a file says of its tensors
+    assert expected < path.stat().st_size < expected + names
 
 
 @pytest.mark.parametrize(("ids", "everywhere", "fails"), [

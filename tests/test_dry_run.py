@@ -30,7 +30,7 @@ def config(**changes) -> SimpleNamespace:
         "global_batch_size": 8, "ranks_emulated": 2, "batch_size_train": 3, "image_size": 32, "compile": False,
         "precision": "fp32", "eval_precision": "fp32", "alpha": 0.4, "keep_graphs": "auto", "vit": "nano",
         "init_lr": 1e-5, "weight_decay": 0.05, "temp_lr_scale": 1.0, "batch_size_test": 4, "rerank_tokens": 500,
-        "k_test": 6, "max_epoch": 3, "layer_decay": 1.0,
+        "k_test": 6, "max_epoch": 3, "layer_decay": 1.0, "eval_before": True,
     }  # fmt: skip
     return SimpleNamespace(**{**values, **changes})
 

@@ -241,6 +241,14 @@ def test_heads_that_no_rule_tells_are_asked_for(tmp_path):
     assert load(tmp_path / "a.pth", config=tmp_path / "c.yaml").pixels(drawn(1)).shape == (1, 3, 64, 64)
 
 
+def test_what_the_yaml_leaves_to_weights_is_the_files(tmp_path):
+    model = tiny_model()
+    save_checkpoint(tmp_path / "a.pth", model, torch.optim.SGD(model.parameters()), {}, 0)
+    config = {"dataset": "scenes", "image_root": "x", "image_size": 32, "embed_dim": 32, "image_tower": "v.pth"}
+    YAML().dump(config | {"vit": "auto", "med_config": "auto", "text_tower": "bert"}, tmp_path / "c.yaml")
+    assert_equal_models(load(tmp_path / "a.pth", config=tmp_path / "c.yaml"), model)
+
+
 def test_unknown_image_encoder_is_named_with_its_file(tmp_path):
     state = {key: value for key, value in tiny_model().state_dict().items() if "visual_encoder.blocks.5" not in key}
     torch.save(state, tmp_path / "a.pth")

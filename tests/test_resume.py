@@ -5,13 +5,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train_retrieval
-from checkpoints.runs import find_runs
+from checkpoints.runs import RunState, find_runs
 from tests.test_train import LAUNCHER, ROOT, lines, run
+from training.loop import require_best
 
 # Train like train_retrieval.py, but send this process a signal at the COUNT-th step of the first attempt.
 SABOTAGE = """
@@ -109,6 +111,44 @@ def test_a_changed_config_is_named(tiny_run, capsys):
     assert train_retrieval.main([*argv, "--resume", "auto", "--set", "max_epoch=3"]) == 0
     assert "max_epoch" in capsys.readouterr().err
     assert [line.get("epoch") for line in lines(tiny_run / "straight" / "log.txt")] == [-1, 0, 1, 2, None]
+
+
+@pytest.mark.parametrize(
+    ("found", "step", "patience", "best"),
+    [
+        (2, 0, 0, 2),
+        (4, 3, 0, 2),  # kept, and killed before the save: epoch 4 is validated again
+        (4, 1, 0, -1),  # of epochs that came after a save which is now resumed
+        ("missing", 0, 0, -1),
+        ("missing", 0, 1, "put that file there"),  # patience has ended the run
+    ],
+)
+def test_the_best_weights_are_those_that_the_state_tells_of(tmp_path, caplog, found, step, patience, best):
+    if isinstance(found, int):
+        torch.save({"model": {}, "epoch": found}, tmp_path / "checkpoint_best.pth")
+    cfg = SimpleNamespace(max_epoch=6, patience=patience)
+    state = RunState(epoch=4, step=step, best=31.5, best_epoch=2)
+    if isinstance(best, str):
+        with pytest.raises(ValueError, match=f"checkpoint_best.pth is missing, .* those of epoch 2: {best}"):
+            require_best(state, cfg, tmp_path, 3)
+        return
+    require_best(state, cfg, tmp_path, 3)
+    assert (state.best_epoch, state.best) == (best, 31.5 if best == 2 else 0.0)
+    assert ("the best of epoch 4 and later is kept" in caplog.text) == (best == -1)
+
+
+def test_a_run_that_lost_its_best_weights_keeps_the_next_and_a_finished_one_says_so(tiny_run, capsys):
+    """As where a save is resumed in another folder. The next epoch changes nothing, so it is no better than before."""
+    assert run(tiny_run, "--set", "max_epoch=1") == 0
+    best = tiny_run / "out" / "checkpoint_best.pth"
+    best.unlink()
+    capsys.readouterr()
+    assert run(tiny_run, "--resume", "auto", "--set", "max_epoch=1") == 2
+    assert "put that file there, or go on from an earlier save" in capsys.readouterr().err
+    assert run(tiny_run, "--resume", "auto", "--set", "init_lr=1e-12", "max_epoch=2") == 0
+    assert "checkpoint_best.pth is missing, and the best weights of the resumed run" in capsys.readouterr().err
+    assert torch.load(best, weights_only=True)["epoch"] == 1
+    assert lines(tiny_run / "out" / "log.txt")[-1]["best_epoch"] == 1
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from transformers import (
 
 import train_retrieval
 from checkpoints import towers
+from checkpoints.runs import save_checkpoint
 from checkpoints.towers import read_image_tower, read_text_tower
 from configs.schema import RetrievalConfig
 from configs.sizes import VIT_SIZES, VitSize
@@ -287,6 +288,18 @@ def test_a_text_tower_of_other_sizes_than_the_config(tmp_path):
     (tmp_path / "bert" / "vocab.txt").unlink()
     with pytest.raises(ValueError, match="text_tower .*has neither vocab.txt nor tokenizer.json"):
         plan_model(config(tmp_path, text_tower=str(tmp_path / "bert"), med_config="auto", vit="nano"))
+
+
+def test_a_named_text_encoder_is_planned_the_same_from_tower_and_checkpoint(tmp_path):
+    """The tower decides positions and epsilon, also once its weights come out of a checkpoint."""
+    bert_folder(tmp_path / "bert", hidden_size=64, intermediate_size=128, layer_norm_eps=1e-5)
+    cfg = config(tmp_path, text_tower=str(tmp_path / "bert"), vit="nano")
+    plan = plan_model(cfg)
+    assert (plan.med.max_position_embeddings, plan.med.layer_norm_eps) == (64, 1e-5)
+    assert plan.med != tiny_med() and plan.med.hidden_dropout_prob == tiny_med().hidden_dropout_prob
+    model = build_model(plan.cfg, plan.med, plan.tokenizer)
+    save_checkpoint(tmp_path / "a.pth", model, torch.optim.SGD([model.temp]), {"vit": "nano"}, 0)
+    assert plan_model(cfg, str(tmp_path / "a.pth")).med == plan.med
 
 
 def test_a_tokenizer_that_is_not_the_towers(tmp_path):

@@ -72,6 +72,14 @@ def test_onednn_keeps_the_shapes_of_a_step_unless_told_otherwise(monkeypatch, to
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == kept
 
 
+def test_processes_of_a_machine_do_not_share_one_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--device cuda:1: all processes .* would share it. Use --device cuda"):
+        init_distributed("cuda:1")
+
+
 def test_negatives_are_drawn_at_random_in_the_first_steps_alone(tiny_run, monkeypatch):
     """The step says whether they are hard; a resumed run counts on."""
     flags, original = [], loop.train_step
@@ -143,6 +151,37 @@ def test_launcher_and_number_of_processes_do_not_change_results(tiny_run):
     assert one == two
 
 
+@pytest.mark.slow
+def test_what_only_another_process_finds_is_said_and_no_process_goes_on(tiny_run):
+    """As on two machines, of which the second lacks a file."""
+    script = tiny_run / "second.py"
+    script.write_text(ELSEWHERE)
+    argv = ["--config", tiny_run / "config.yaml", "--output_dir", tiny_run / "out", "--device", "cpu"]
+    done = subprocess.run(
+        [str(word) for word in [*LAUNCHER, "2", script, *argv]],
+        cwd=tiny_run, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode and "KeyError" not in done.stderr, done.stderr
+    assert done.stderr.count("error: on ") == 1, done.stderr
+    assert "rank 1: " in done.stderr and "train_gone.json" in done.stderr
+    assert not (tiny_run / "out").exists()
+
+
+# Train like train_retrieval.py, but rank 1 does not have the training annotations.
+ELSEWHERE = """
+import os, sys
+from dataclasses import replace
+import train_retrieval
+from training import preflight
+original = preflight.load_annotations
+def load_annotations(cfg, split, *args):
+    gone = os.environ["RANK"] == "1" and split == "train"
+    return original(replace(cfg, train_file="train_gone.json") if gone else cfg, split, *args)
+preflight.load_annotations = load_annotations
+sys.exit(train_retrieval.main(sys.argv[1:]))
+"""
+
+
 BAD = {
     "unknown key": (["--set", "qeue_size=24"], ["qeue_size", "queue_size"]),
     "queue smaller than a batch": (["--set", "queue_size=6"], ["queue_size", "8"]),
@@ -209,6 +248,14 @@ def test_a_second_run_into_the_same_folder_is_refused(tiny_run, capsys):
     assert run(tiny_run) == 2
     assert "--resume auto" in capsys.readouterr().err
     assert (tiny_run / "out" / "log.txt").read_text() == '{"epoch": 0}\n'
+
+
+def test_nor_into_a_folder_with_a_save_before_its_first_evaluation(tiny_run, capsys):
+    (tiny_run / "out").mkdir()
+    (tiny_run / "out" / "checkpoint_e000_s000002.pth").write_bytes(b"")
+    assert run(tiny_run) == 2
+    assert "--resume auto" in capsys.readouterr().err
+    assert [path.name for path in (tiny_run / "out").iterdir()] == ["checkpoint_e000_s000002.pth"]
 
 
 def test_dry_run_measures_and_writes_nothing(tiny_run, capsys):

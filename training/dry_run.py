@@ -298,14 +298,15 @@ def hours(cfg: RetrievalConfig, sizes: DrySizes, step_seconds: float, rates: Rat
     pairs = max_pairs(cfg, sizes)
     epoch = steps * step_seconds
     evaluation = sizes.val_images / rates.images + sizes.val_captions / rates.texts + pairs / rates.pairs
-    total = cfg.max_epoch * epoch + (cfg.max_epoch + 2) * evaluation  # before, after each epoch, and the test split
+    evaluations = cfg.eval_before + cfg.max_epoch + 1  # after each epoch, and of the test split
+    total = cfg.max_epoch * epoch + evaluations * evaluation
     return [
         f"an epoch: {epoch / 3600:.3g} h, {steps} steps of {cfg.global_batch_size} "
         f"from {sizes.train_captions} captions "
         "if the loader keeps up",
         f"an evaluation: {evaluation / 3600:.3g} h for {sizes.val_images} images and {sizes.val_captions} captions "
         f"({rates.images:.1f} images/s, {rates.texts:.0f} captions/s, at most {pairs} pairs at {rates.pairs:.0f}/s)",
-        f"the run: {total / 3600:.3g} h, {cfg.max_epoch} epochs and {cfg.max_epoch + 2} evaluations",
+        f"the run: {total / 3600:.3g} h, {cfg.max_epoch} epochs and {evaluations} evaluations",
     ]
 
 

@@ -7,12 +7,13 @@ saved as trained before it is validated; a resumed run goes on with the evaluati
 import logging
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from checkpoints.load import load_pretrained
-from checkpoints.runs import BEST, RunState, find_runs, resume, save_checkpoint, save_run
+from checkpoints.runs import BEST, RunState, epoch_of_best, find_runs, resume, save_checkpoint, save_run
 from configs.schema import RetrievalConfig, save_config
 from data.loaders import recipe_sampler, train_loader, worker_died
 from data.retrieval import TrainBatch
@@ -101,10 +102,7 @@ class TrainingRun:
 
     def trained(self) -> bool:
         """Whether all epochs are done, or as many as `patience` allows without a better one."""
-        state, patience = self.state, self.cfg.patience
-        if state.epoch >= self.cfg.max_epoch:
-            return True
-        return bool(patience) and state.best_epoch >= 0 and state.epoch - 1 - state.best_epoch >= patience
+        return trained(self.state, self.cfg)
 
     # ---- training -------------------------------------------------------------------------------------------------
 
@@ -153,6 +151,7 @@ class TrainingRun:
             if monitor.stop_requested and get_world_size() > 1:  # all processes have agreed on this step
                 monitor.save(state)
                 self.save()
+                barrier()  # the launcher ends the others soon after the first has left: rank 0 may still be writing
                 raise Stopped
         return lr
 
@@ -260,6 +259,11 @@ class TrainingRun:
         return found
 
 
+def trained(state: RunState, cfg: RetrievalConfig) -> bool:
+    without_better = state.epoch - 1 - state.best_epoch if state.best_epoch >= 0 else 0
+    return state.epoch >= cfg.max_epoch or bool(cfg.patience) and without_better >= cfg.patience
+
+
 def trained_parts(model: BLIP_Retrieval, cfg: RetrievalConfig) -> list[str]:
     """What of the model trains and how fast, when that is not all of it at one rate."""
     if not (cfg.freeze or cfg.lora or cfg.layer_decay < 1):
@@ -273,7 +277,9 @@ def start_run(
     """The state to start from: that of a save (`--resume`), or step 0 with weights of `pretrained` or random ones."""
     cfg, folder, source = job.cfg, job.folder, job.args.resume
     state = resume(source, folder, model, optimizer, job.config) if source else None
-    if source and state is None and is_main():
+    if state:
+        require_best(state, cfg, folder, steps)
+    elif source and is_main():
         log.warning("warning: --resume %s: %s holds no save of a run, so this run STARTS ANEW", source, folder)
     origin = state.origin if state else RANDOM.kind
     if state is None and cfg.pretrained:
@@ -286,6 +292,25 @@ def start_run(
     if is_main():
         save_config(cfg, folder / "config.yaml")
     return state or RunState(origin=origin)
+
+
+def require_best(state: RunState, cfg: RetrievalConfig, folder: Path, steps: int) -> None:
+    """If the best weights are not those that `state` tells of, have the next epoch's become the best.
+
+    So it is where a save went to another folder without them, or where the run had gone on from that save before.
+    ValueError if no epoch is left.
+    """
+    found = from_main([epoch_of_best(folder)])[0]
+    begun = state.epoch if state.step >= steps else None  # kept, and the save after it did not come about
+    if state.best_epoch < 0 or found in (state.best_epoch, begun):
+        return
+    words = f"of epoch {found}" if isinstance(found, int) else found
+    missing = f"{folder / BEST} is {words}, and the best weights of the resumed run were those of epoch"
+    if trained(state, cfg):
+        raise ValueError(f"{missing} {state.best_epoch}: put that file there, or go on from an earlier save.")
+    if is_main():
+        log.warning("warning: %s %d: the best of epoch %d and later is kept", missing, state.best_epoch, state.epoch)
+    state.best, state.best_epoch = 0.0, -1
 
 
 def count_kept_graphs(model: BLIP_Retrieval, cfg: RetrievalConfig, optimizer: torch.optim.Optimizer) -> int:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import platform
 import warnings
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -15,10 +16,10 @@ import torch
 from checkpoints.download import RELEASED, cache_folder
 from checkpoints.files import DamagedFile
 from checkpoints.load import fit, load_pretrained, open_weights
-from checkpoints.runs import BEST, find_runs
+from checkpoints.runs import BEST, find_runs, size_of_save
 from checkpoints.weights import merge_lora
 from configs.datasets import SPLITS
-from configs.schema import RetrievalConfig
+from configs.schema import AUTO, RetrievalConfig
 from configs.sizes import MedConfig
 from data.annotations import Annotations, available_splits, load_annotations
 from data.checks import check_data
@@ -28,7 +29,7 @@ from models.blip_retrieval import BLIP_Retrieval, build_model
 from models.freezing import train_less
 from models.towers import Plan, plan_model, start_from_towers
 from training.recipe import check_disk, check_recipe, require_negatives
-from utils import choose_precision, is_main
+from utils import choose_precision, from_main, gather_names, get_rank, is_main
 
 LOG = "log.txt"  # of a run folder: one JSON line an epoch
 
@@ -64,7 +65,11 @@ def with_precisions(cfg: RetrievalConfig, device: torch.device) -> RetrievalConf
 def preflight(cfg: RetrievalConfig, args: argparse.Namespace) -> tuple[Job, Findings]:
     """Read the annotations; on rank 0 find what is wrong (with `--check` in all of it) before anything is written."""
     found, plans = Findings(), list[Plan]()
-    found.attempt(lambda: plans.append(plan_job(cfg, args)))
+    trains = not (args.resume or args.evaluate)
+    if args.check and trains and AUTO in (cfg.vit, cfg.med_config) and is_remote(cfg.pretrained, cfg):
+        found.facts.append(f"{cfg.pretrained}: not here yet, so neither its sizes nor whether they fit were checked")
+    else:
+        found.attempt(lambda: plans.append(plan_job(cfg, args)))
     job = Job(cfg, args, {}, Plan(cfg, MedConfig()))
     if plans:
         job = Job(plans[0].cfg, args, {}, plans[0])
@@ -82,7 +87,7 @@ def preflight(cfg: RetrievalConfig, args: argparse.Namespace) -> tuple[Job, Find
         )
     if plans:
         found.attempt(lambda: found.add(check_model(job)))
-    if not (args.evaluate or args.resume or args.dry_run) and (job.folder / LOG).exists():
+    if not (args.evaluate or args.resume or args.dry_run) and ((job.folder / LOG).exists() or find_runs(job.folder)):
         found.errors.append(
             f"--output_dir {job.folder} already holds a run: continue it with --resume auto, or name another folder."
         )
@@ -93,6 +98,13 @@ def preflight(cfg: RetrievalConfig, args: argparse.Namespace) -> tuple[Job, Find
         if not recipe.errors:
             found.attempt(lambda: require_negatives(cfg, job.splits["train"], args.seed))
     return job, found
+
+
+def of_all_processes(errors: list[str]) -> list[str]:
+    """Rank 0's errors, then what only others have found: a file that is not on their machine, say."""
+    main = from_main([errors])[0]
+    here = f"on {platform.node()}, rank {get_rank()}"
+    return main + gather_names([f"{here}: {error}" for error in errors if error not in main])
 
 
 def plan_job(cfg: RetrievalConfig, args: argparse.Namespace) -> Plan:
@@ -164,8 +176,7 @@ def check_model(job: Job) -> Findings:
         with warnings.catch_warnings(action="ignore"):  # that there is no memory to load into
             found.facts.append(str(start_from_towers(model, job.plan)))
     if not args.evaluate:
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        found.add(check_disk(job.folder, trained, cfg.keep_last))
+        found.add(check_disk(job.folder, size_of_save(model), cfg.keep_last))
     return found
 
 

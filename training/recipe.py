@@ -75,15 +75,14 @@ def recipe_warnings(cfg: RetrievalConfig, steps: int) -> list[str]:
     return warnings
 
 
-def check_disk(folder: Path, parameters: int, keep_last: int) -> Findings:
-    """Room for the saves of a run in `folder`: weights, twins and two Adam averages of each parameter, in float32."""
+def check_disk(folder: Path, size: int, keep_last: int) -> Findings:
+    """Room for the saves of a run in `folder`, each of `size` bytes."""
     parent = folder
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         reason = "is not a folder" if not parent.is_dir() else "is not writable"
         return Findings(errors=[f"--output_dir {folder}: {parent} {reason}: name another folder"])
-    size = 16 * parameters
     files = keep_last + 2  # besides them the best weights, and one that is being written
     there = sum(path.stat().st_size for path in folder.glob("checkpoint_*.pth"))
     free = shutil.disk_usage(parent).free
