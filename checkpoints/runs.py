@@ -78,7 +78,7 @@ def save_checkpoint(
 
 
 def size_of_save(model: nn.Module) -> int:
-    """Bytes: all weights, twins and queues, each once where they are shared, and AdamW's two averages of what trains."""
+    """Bytes: weights, twins and queues, each once where they are shared, and AdamW's two averages of what trains."""
     state = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     return state + 2 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
 

@@ -61,7 +61,9 @@ def test_the_report_adds_up():
 
 def test_a_slow_machine_times_fewer_samples(monkeypatch):
     monkeypatch.setattr(dry, "CPU_SECONDS", 0.0)
-    lines = dry_run(tiny_model(), config(keep_graphs=2, precision="bf16"), SIZES, loaded_batch(), CPU)
+    cfg = config(keep_graphs=2, precision="bf16", eval_before=False)
+    lines = dry_run(tiny_model(), cfg, SIZES, loaded_batch(), CPU)
+    assert number(lines, r"3 epochs and (\d+) evaluations") == 4
     assert number(lines, r"from (\d+) samples a step; micro-batches of 3, 3 of 8") == 2
 
 
