@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoints.files import few
-from checkpoints.graphs import SUFFIX, require_new, require_packages
+from checkpoints.files import few, require_new
+from checkpoints.graphs import SUFFIX, require_packages
 from checkpoints.huggingface import read_folder, write_folder
 from checkpoints.load import LoadReport, fit, open_weights
 from checkpoints.model_card import model_card
@@ -25,7 +25,8 @@ from utils import setup_logging
 
 
 def export_folder(source: str, folder: Path, config: str = "") -> LoadReport:
-    """Write any readable checkpoint as a Hugging Face folder; `config` gives image_size and the text encoder's JSON."""
+    """Write any readable checkpoint as a new Hugging Face folder; `config` gives image_size and med_config."""
+    require_new(folder)
     file = open_weights(source)
     sizes, med = file_sizes(file, config)
     target = empty_model(sizes, med).state_dict()
@@ -36,7 +37,8 @@ def export_folder(source: str, folder: Path, config: str = "") -> LoadReport:
 
 
 def import_folder(folder: Path, path: Path) -> LoadReport:
-    """Write a Hugging Face folder as a checkpoint in the official layout; the twins are the online weights."""
+    """Write a Hugging Face folder as a new checkpoint in the official layout; the twins are the online weights."""
+    require_new(path)
     file = read_folder(folder)
     sizes, med = file_sizes(file)
     model = empty_model(sizes, med)
@@ -61,7 +63,8 @@ def export_graphs(kind: str, source: str, folder: Path, config: str = "", precis
     sha256 = weights_sha256(blip.model)
     file = open_weights(source)
     words = f"Graphs for {'onnxruntime' if kind == 'onnx' else 'torch.export'}, {precision}; use.py shows their use."
-    card = model_card(file, read_sizes(file.state, file.name, blip.model.vit), sha256, words)
+    library = "onnx" if kind == "onnx" else "pytorch"
+    card = model_card(file, read_sizes(file.state, file.name, blip.model.vit), sha256, words, library)
     return export(blip, kind, folder, precision, kept_threshold(source, sha256), source, card)
 
 

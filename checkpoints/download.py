@@ -65,6 +65,17 @@ def local_path(source: str, cache_dir: str = "") -> Path:
     )
 
 
+def is_to_be_downloaded(source: str, cache_dir: str = "") -> bool:
+    """Whether `local_path` would download it."""
+    if re.match(r"https?://", source, re.IGNORECASE):
+        address = source
+    elif source in RELEASED and not Path(source).expanduser().exists():
+        address = RELEASES + source
+    else:
+        return False
+    return not (cache_folder(cache_dir) / _file_name(address)).exists()
+
+
 def cache_folder(cache_dir: str = "") -> Path:
     """`cache_dir`, else the environment's BLIP_CACHE, else torch.hub's."""
     folder = cache_dir or os.environ.get("BLIP_CACHE") or os.path.join(torch.hub.get_dir(), "checkpoints")

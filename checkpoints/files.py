@@ -1,16 +1,19 @@
-"""Safe readers of `.pth` and `.safetensors`: what a file holds, or in words why it cannot be read.
+"""Safe readers of `.pth` and `.safetensors`, and new folders: what a file holds, or why it cannot be read.
 
 Nothing in a file is ever executed: `torch.load(weights_only=True)`, always.
 """
 
 import io
 import logging
+import os
 import pickle
 import pickletools
 import re
+import tempfile
 import zipfile
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +27,28 @@ log = logging.getLogger(__name__)
 
 # Where files keep their weights: BLIP and torch's examples, Lightning, DeepSpeed, timm and other averages of weights.
 HOLDERS = ("model", "state_dict", "module", "model_state_dict", "ema", "model_ema", "state_dict_ema", "ema_state_dict")
+
+
+def require_new(path: Path) -> None:
+    """ValueError if there is something of that name: what is written is never mixed with what was there."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path}: there is something already; name a new one.")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write to; it becomes `folder` in the end, or nothing is left of it. ValueError as `require_new`."""
+    require_new(folder)
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.part") as part:
+        made = Path(part, folder.name)
+        made.mkdir()
+        yield made
+        require_new(folder)
+        if folder.exists():
+            folder.rmdir()
+        os.replace(made, folder)
 
 
 class DamagedFile(ValueError):

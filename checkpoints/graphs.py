@@ -12,9 +12,7 @@ Every graph is read back and compared with the model, at other sizes than it was
 import importlib.util
 import json
 import logging
-import os
 import shutil
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -27,6 +25,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.export import Dim
 
+from checkpoints.files import new_folder
 from checkpoints.model_card import CARD
 from transform.rgb import PixelRule
 from transform.text import CLEANING, MAX_TOKENS, CaptionTokenizer
@@ -67,12 +66,6 @@ def require_packages(kind: str) -> None:
         raise ValueError(ABSENT.format(", ".join(absent)))
 
 
-def require_new(folder: Path) -> None:
-    """ValueError if there is something of that name: an export is never mixed with another."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: there is something already; name a new folder.")
-
-
 def write_graphs(
     folder: Path,
     kind: str,
@@ -88,14 +81,10 @@ def write_graphs(
     Parts are made when their turn comes, so that one copy of an encoder is in memory at a time. ValueError when a graph
     computes something else: more than TOLERANCE if `exact`, or values that are not finite.
     """
-    folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
     lines: list[str] = []
     differences: dict[str, float] = {}
     progress = Progress(f"export to {folder.name}", len(parts), "graphs")
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.part") as part_folder:
-        made = Path(part_folder, folder.name)
-        made.mkdir()
+    with new_folder(folder) as made:
         for make in parts:
             part = make()
             start, path = time.monotonic(), made / f"{part.name}{SUFFIX[kind]}"
@@ -112,10 +101,6 @@ def write_graphs(
         (made / "preprocess.json").write_text(text, encoding="utf-8")
         for name in ("checkpoints/use.py", "transform/rgb.py"):
             shutil.copyfile(Path(__file__).parent.parent / name, made / Path(name).name)
-        require_new(folder)
-        if folder.exists():
-            folder.rmdir()
-        os.replace(made, folder)
     return lines
 
 

@@ -3,9 +3,11 @@
 Source of the names: transformers' `models/blip/modeling_blip.py`, which the tests run on an exported folder. TABLE is
 used in both directions. The image encoder's q, k and v are one matrix on both sides, so every tensor is only renamed.
 
-Three things have no place in that class:
+What has no place in that class:
 - `temp`, the temperature of the contrast, is the key `temp` of config.json, which transformers keeps when it saves the
   config again. `logit_scale_init_value` gets ln(1 / temp), its meaning in CLIP and BlipModel; only `temp` is exact.
+- How many words and tokens of a caption are read, and the rules for alpha and grey pictures, are the keys max_words,
+  max_tokens, flatten_alpha and grey_bits of config.json. BlipProcessor does not heed them.
 - Momentum twins and queues are training's: not written; twins start at the online weights when a folder is loaded.
 - [ENC] as first token: that class takes the ids it is given, so its caller must put id 30523 there to match.
 """
@@ -13,10 +15,8 @@ Three things have no place in that class:
 import json
 import logging
 import math
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -27,12 +27,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoints.files import few
+from checkpoints.files import few, new_folder, require_new
 from checkpoints.model_card import CARD, model_card
 from checkpoints.weights import QUEUES, TWINS, Sizes, WeightFile, read_sizes, read_weights, tokenizer_in
 from configs.schema import TEMP_RANGE
 from configs.sizes import VIT_SIZES, MedConfig
 from transform.image import MEAN, STD
+from transform.rgb import PixelRule
 from transform.text import (
     CaptionTokenizer,
     blip_tokenizer,
@@ -47,6 +48,7 @@ ARCHITECTURE = "BlipForImageTextRetrieval"
 CONFIG, TENSORS = "config.json", "model.safetensors"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 TENSOR_FILES = (TENSORS, "pytorch_model.bin")
+LENGTHS = ("max_words", "max_tokens")
 INITIAL_TEMP = 0.07  # BLIP's, for folders that were converted without it
 VIT_NORM_EPS = 1e-6  # transformers' default is 1e-5
 
@@ -104,11 +106,10 @@ def write_folder(
 ) -> None:
     """Write a folder that `BlipForImageTextRetrieval.from_pretrained` and `BlipProcessor.from_pretrained` load.
 
-    The tensors are official ones of the file `name`, `extra` what else it says, `sha256` that of the weights. Each file
-    replaces a former one in one step, the tensors first.
+    The tensors are official ones of the file `name`, `extra` what else it says, `sha256` that of the weights.
+    ValueError if there is something of the folder's name.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: is a file; name the folder to write to.")
+    require_new(folder)
     if read_sizes(state, name).norm_pre:
         raise ValueError(f"{name}: its image encoder is CLIP's, with a norm that {ARCHITECTURE} does not have.")
     extra = extra or {}
@@ -121,19 +122,18 @@ def write_folder(
         if key != "temp" and key not in QUEUES and not key.startswith(TWINS)
     }
     dtype = online["itm_head.weight"].dtype
-    config = _to_hf_config(read_sizes(state, name), med, tokenizer, state["temp"].item(), dtype)
+    inputs = {key: trained[key] for key in PixelRule._fields if trained.get(key)}
+    inputs |= {key: getattr(tokenizer, key) for key in LENGTHS}
+    config = _to_hf_config(read_sizes(state, name), med, tokenizer, state["temp"].item(), dtype, inputs)
     tensors = rename(online, to_official=False, name=name)
     source = WeightFile(name, state, extra=extra)
     card = model_card(source, read_sizes(state, name, trained.get("vit", "")), sha256)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".part") as part:
-        save_file(tensors, Path(part, TENSORS), metadata={"format": "pt"})
-        Path(part, CONFIG).write_text(config, encoding="utf-8")
-        Path(part, CARD).write_text(card, encoding="utf-8")
-        _processor(read_sizes(state, name).image_size, tokenizer, colours).save_pretrained(part)
-        shutil.copymode(Path(part, CONFIG), Path(part, TENSORS))  # safetensors makes it readable for its owner only
-        for file in sorted(Path(part).iterdir(), key=lambda file: file.name != TENSORS):
-            os.replace(file, folder / file.name)
+    with new_folder(folder) as made:
+        save_file(tensors, made / TENSORS, metadata={"format": "pt"})
+        (made / CONFIG).write_text(config, encoding="utf-8")
+        (made / CARD).write_text(card, encoding="utf-8")
+        _processor(read_sizes(state, name).image_size, tokenizer, colours).save_pretrained(made)
+        shutil.copymode(made / CONFIG, made / TENSORS)  # safetensors makes it readable for its owner only
 
 
 def _processor(image_size: int, tokenizer: CaptionTokenizer, colours: tuple[Sequence[float], Sequence[float]]) -> Any:
@@ -150,14 +150,24 @@ def _processor(image_size: int, tokenizer: CaptionTokenizer, colours: tuple[Sequ
     return BlipProcessor(pictures, tokenizer.bert)
 
 
-def _to_hf_config(sizes: Sizes, med: MedConfig, tokenizer: CaptionTokenizer, temp: float, dtype: torch.dtype) -> str:
-    """The folder's config.json; MedConfig's words but encoder_width are BlipTextConfig's too."""
+def _to_hf_config(
+    sizes: Sizes,
+    med: MedConfig,
+    tokenizer: CaptionTokenizer,
+    temp: float,
+    dtype: torch.dtype,
+    inputs: dict[str, Any],
+) -> str:
+    """The folder's config.json; MedConfig's words but encoder_width are BlipTextConfig's too.
+
+    `inputs`: this program's own keys, how captions and pixels were read.
+    """
     from transformers import BlipConfig  # seconds to import
 
     text = {field.name: getattr(med, field.name) for field in fields(MedConfig) if field.name != "encoder_width"}
     if not tokenizer.reads_as(blip_tokenizer()):  # else transformers' defaults
         text |= {"bos_token_id": tokenizer.enc - 1, "sep_token_id": tokenizer.sep, "eos_token_id": tokenizer.sep}
-    config = BlipConfig(  # type: ignore[call-arg]  # `temp`: it keeps keys that it does not know
+    config = BlipConfig(  # type: ignore[call-arg]  # it keeps keys that it does not know
         text_config=text | {"encoder_hidden_size": sizes.width, "is_decoder": True},  # True: with cross-attention
         vision_config={
             "hidden_size": sizes.width,
@@ -173,6 +183,7 @@ def _to_hf_config(sizes: Sizes, med: MedConfig, tokenizer: CaptionTokenizer, tem
         architectures=[ARCHITECTURE],
         dtype=str(dtype).removeprefix("torch."),
         temp=temp,
+        **inputs,
     )
     return config.to_json_string()
 
@@ -212,25 +223,30 @@ def adopt(file: WeightFile, folder: Path) -> WeightFile:
         if sizes.vit and heads != VIT_SIZES[sizes.vit][2]:
             raise ValueError(f"{name}: {sizes.vit_words} with {heads} heads, but BLIP's has {VIT_SIZES[sizes.vit][2]}.")
         extra["text_config"] = {field.name: getattr(med, field.name) for field in fields(MedConfig)}
-        extra |= _read_processor(folder)
+        extra |= _read_processor(folder, config)
     if temp is None:
         log.warning("%s: gives no temperature (`temp` in its config.json): using %s", name, INITIAL_TEMP)
         temp = INITIAL_TEMP
     return WeightFile(name, state | {"temp": torch.tensor(temp)}, file.ignored, extra)
 
 
-def _read_processor(folder: Path) -> dict[str, Any]:
-    """Tokenizer and normalisation of the folder, as a checkpoint of this program says them; {} where it has none."""
+def _read_processor(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """How inputs are read, as a checkpoint of this program says it: tokenizer, lengths, colours and rules for pixels.
+
+    {} where a folder has none of them.
+    """
     extra: dict[str, Any] = {}
     if has_tokenizer(folder):
-        extra["tokenizer"] = read_tokenizer(folder).to_plain()
+        lengths = {key: config[key] for key in LENGTHS if isinstance(config.get(key), int)}
+        extra["tokenizer"] = read_tokenizer(folder, **lengths).to_plain()
     for name in PROCESSORS:
         said = read_json(folder / name)
         said = said.get("image_processor", said)
         if "image_mean" in said and "image_std" in said:
             extra["config"] = {key: [float(x) for x in said[key]] for key in ("image_mean", "image_std")}
             break
-    return extra
+    rule = {key: config[key] for key in PixelRule._fields if key in config}
+    return extra | ({"config": extra.get("config", {}) | rule} if rule else {})
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

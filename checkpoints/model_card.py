@@ -5,6 +5,7 @@ unknown; the owner of the weights fills it in.
 """
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,11 @@ LIMITS = """\
 """
 
 
-def model_card(file: WeightFile, sizes: Sizes, sha256: str, graphs: str = "") -> str:
-    """Markdown with the front matter of Hugging Face; `graphs`: what the folder holds, if not transformers' model."""
+def model_card(file: WeightFile, sizes: Sizes, sha256: str, graphs: str = "", library: str = "") -> str:
+    """Markdown with the front matter of Hugging Face.
+
+    `graphs`: what the folder holds, if not transformers' model, and `library`: what reads it.
+    """
     trained: dict[str, Any] = file.extra.get("config", {})
     tokenizer = file.tokenizer
     own = f"the language of its vocabulary of {len(tokenizer.words)} word pieces (fill in which)"
@@ -39,7 +43,7 @@ def model_card(file: WeightFile, sizes: Sizes, sha256: str, graphs: str = "") ->
         [
             "---",
             "license: other  # of the weights: fill in, see below",
-            "pipeline_tag: zero-shot-image-classification" if not graphs else "library_name: onnx",
+            "pipeline_tag: zero-shot-image-classification" if not graphs else f"library_name: {library}",
             "tags: [image-text-retrieval, blip]",
             "---",
             "",
@@ -95,8 +99,7 @@ def _recall(checkpoint: Path, sha256: str) -> list[str]:
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for name in ("log.txt", "evaluate.txt"):
-        lines = (folder / name).read_text(encoding="utf-8").splitlines() if (folder / name).exists() else []
-        for row in map(json.loads, lines):
+        for row in _rows(folder / name):
             if row.get("checkpoint_sha256") == sha256:
                 found |= {(row.get("dataset", ""), split): row for split in ("val", "test") if f"{split}_txt_r1" in row}
     if not found:
@@ -109,4 +112,17 @@ def _recall(checkpoint: Path, sha256: str) -> list[str]:
         numbers = [f"{row[f'{split}_{key}']:.1f}" for key in RECALL]
         counts = f"{row.get(f'{split}_images', '?')}, {row.get(f'{split}_captions', '?')}"
         table.append(f"| {data} {split} | {counts} | {' '.join(numbers[:3])} | {' '.join(numbers[3:])} |")
+        if all(f"{split}_chance_{key}" in row for key in RECALL):
+            chance = [f"{row[f'{split}_chance_{key}']:.3g}" for key in RECALL]
+            table.append(f"| by chance | | {' '.join(chance[:3])} | {' '.join(chance[3:])} |")
     return table
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log; none of a file that is none, and no half-written ones."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
+        with suppress(ValueError):
+            row = json.loads(line)
+            rows += [row] if isinstance(row, dict) else []
+    return rows

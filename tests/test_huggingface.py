@@ -3,7 +3,7 @@
 import argparse
 import json
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +18,12 @@ from checkpoints.__main__ import export_folder, import_folder, main
 from checkpoints.files import DamagedFile
 from checkpoints.load import load_pretrained
 from configs.sizes import MedConfig
+from models import load
 from models.blip_retrieval import BLIP_Retrieval, as_match_input
 from tests.conftest import tiny_med, tiny_model
 from transform.image import STD, eval_transform
-from transform.text import ENC, tokenize
+from transform.rgb import PixelRule
+from transform.text import ENC, blip_tokenizer, tokenize
 
 SMALL = {"vocab_size": 50, "max_position_embeddings": 40}
 
@@ -225,15 +227,40 @@ def test_export_with_a_config_takes_its_heads_and_image_size(tmp_path, capsys):
     assert written["text_config"]["num_attention_heads"] == 4 and written["vision_config"]["image_size"] == 64
     assert "2 resampled" in capsys.readouterr().out  # twins too, though they are not exported
     (tmp_path / "c.yaml").write_text(yaml.format("tiny"))
-    assert main(["export", source, str(tmp_path / "hf"), "--config", str(tmp_path / "c.yaml")]) == 2
+    assert main(["export", source, str(tmp_path / "other"), "--config", str(tmp_path / "c.yaml")]) == 2
     assert "set `vit: nano`" in capsys.readouterr().err
 
 
-def test_interrupted_export_leaves_the_former_folder(tmp_path, monkeypatch):
+def test_nothing_is_written_over(tmp_path, capsys):
+    """A filled-in card, a run, another export, a checkpoint: each stays as it is, and the reason is said."""
     model = tiny_model(med_config=tiny_med(**SMALL))
     source = save(tmp_path / "a.pth", model, **with_config(model))
     export_folder(source, tmp_path / "hf")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
+    for path in (tmp_path / "hf", tmp_path, tmp_path / "a.pth"):
+        before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+        assert main(["export", source, str(path)]) == 2
+        assert f"{path}: there is something already" in capsys.readouterr().err
+        assert main(["import", str(tmp_path / "hf"), str(path)]) == 2
+        assert f"{path}: there is something already" in capsys.readouterr().err
+        assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_how_captions_and_pixels_are_read_goes_along(tmp_path):
+    model = tiny_model(tokenizer=replace(blip_tokenizer(), max_words=60, max_tokens=80))
+    trained = {"flatten_alpha": "white", "grey_bits": 12, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    extra = {"config": trained, "tokenizer": model.tokenizer.to_plain()}
+    export_folder(save(tmp_path / "a.pth", model, **with_config(model), **extra), tmp_path / "hf")
+    import_folder(tmp_path / "hf", tmp_path / "b.pth")
+    for source in (tmp_path / "a.pth", tmp_path / "hf", tmp_path / "b.pth"):
+        blip = load(source)
+        assert blip.rule == PixelRule(12, "white"), source
+        assert (blip.model.tokenizer.max_words, blip.model.tokenizer.max_tokens) == (60, 80)
+        assert blip.transform.transforms[-1].mean == [0.5] * 3
+
+
+def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
+    model = tiny_model(med_config=tiny_med(**SMALL))
+    source = save(tmp_path / "a.pth", model, **with_config(model))
 
     def full(tensors, path, metadata):
         Path(path).write_bytes(b"half")
@@ -241,7 +268,7 @@ def test_interrupted_export_leaves_the_former_folder(tmp_path, monkeypatch):
 
     monkeypatch.setattr("checkpoints.huggingface.save_file", full)
     assert main(["export", source, str(tmp_path / "hf")]) == 2
-    assert {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
 
 
 def test_transformers_processor_prepares_the_same_inputs(tmp_path):

@@ -24,6 +24,7 @@ def test_the_card_of_a_run_has_its_recall_and_what_it_was_trained_on(tiny_run):
     assert main(["export", best, str(tiny_run / "hf")]) == 0
     card = (tiny_run / "hf" / "README.md").read_text()
     assert ModelCard(card).data.license == "other"
+    assert re.search(r"^\| by chance \| \| 25 89.3 100 \| 25 100 100 \|$", card, re.MULTILINE), card
     test = [json.loads(line) for line in (tiny_run / "out" / "log.txt").read_text().splitlines()][-1]
     (row,) = re.findall(r"\| custom test \| 4, 8 \| (.*) \| (.*) \|", card)
     assert row[0].split() == [f"{test[f'test_txt_r{k}']:.1f}" for k in (1, 5, 10)]
@@ -47,6 +48,15 @@ def test_a_file_that_says_nothing(tmp_path, capsys):
     assert main(["export", str(tmp_path / "bare.pth"), str(tmp_path / "hf")]) == 0, capsys.readouterr().err
     card = (tmp_path / "hf" / "README.md").read_text()
     assert "Unknown: the file does not say" in card and "It reads English." in card
+
+
+def test_a_log_that_is_none_or_was_cut_short_says_nothing(tiny_run):
+    args = ["--config", str(tiny_run / "config.yaml"), "--output_dir", str(tiny_run / "out"), "--device", "cpu"]
+    assert train_retrieval.main([*args, "--set", "max_epoch=1"]) == 0
+    log, best = tiny_run / "out" / "log.txt", str(tiny_run / "out" / "checkpoint_best.pth")
+    log.write_bytes(b"epoch 1: loss 3\n[1]\n" + log.read_bytes() + b'{"epoch": 1, "val_')
+    assert main(["export", best, str(tiny_run / "hf")]) == 0
+    assert "| custom test | 4, 8 |" in (tiny_run / "hf" / "README.md").read_text()
 
 
 def test_one_version_everywhere():
