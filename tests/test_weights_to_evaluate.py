@@ -3,6 +3,8 @@
 import pytest
 
 import train_retrieval
+from checkpoints import download
+from checkpoints.runs import find_runs
 from tests.test_train import lines, run
 
 pytestmark = pytest.mark.usefixtures("tiny_run")
@@ -65,6 +67,31 @@ def test_options_of_evaluation_are_refused_in_training(tiny_run, capsys, args):
 def test_resume_without_a_save_says_that_it_starts_anew(tiny_run, capsys):
     assert run(tiny_run, "--resume", "auto", "--set", "max_epoch=1") == 0
     assert "holds no save of a run, so this run STARTS ANEW" in said(capsys)
+
+
+def test_a_finished_run_whose_saves_are_gone_is_not_started_anew(tiny_run, capsys):
+    assert run(tiny_run, "--set", "max_epoch=1") == 0
+    for path in find_runs(tiny_run / "out"):
+        path.unlink()
+    before = {path: path.read_bytes() for path in (tiny_run / "out").iterdir()}
+    assert run(tiny_run, "--resume", "auto") == 2
+    assert "holds checkpoint_best.pth, but no save to go on from" in said(capsys)
+    assert run(tiny_run, "--resume", str(tiny_run / "out")) == 2
+    assert "out: is a folder. Name a save in it" in said(capsys)
+    assert {path: path.read_bytes() for path in (tiny_run / "out").iterdir()} == before
+
+
+def test_a_checkpoint_that_is_not_here_yet_is_told_from_one_that_is(tiny_run, capsys, monkeypatch):
+    """An address's own file name is not its name in the cache."""
+    monkeypatch.setenv("BLIP_CACHE", str(tiny_run))
+    address = "https://example.org/a/mine.pth"
+    (tiny_run / "mine.pth").write_bytes(b"somebody else's")
+    check = ["--check", "--evaluate", "--set", f"finetuned={address}", "vit=auto"]
+    assert run(tiny_run, *check) == 0
+    assert f"{address}: not here yet, so neither its sizes" in capsys.readouterr().out
+    monkeypatch.setattr(download, "_file_name", lambda address: "mine.pth")
+    assert run(tiny_run, *check) == 2
+    assert "mine.pth" in said(capsys)
 
 
 def test_validation_before_the_first_step_can_be_left_out(tiny_run):

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from checkpoints.download import RELEASED, cache_folder
+from checkpoints.download import is_to_be_downloaded
 from checkpoints.files import DamagedFile
 from checkpoints.load import fit, load_pretrained, open_weights
 from checkpoints.runs import BEST, find_runs, size_of_save
@@ -62,14 +62,17 @@ def with_precisions(cfg: RetrievalConfig, device: torch.device) -> RetrievalConf
     return replace(cfg, precision=training, eval_precision=evaluation)
 
 
+class NotHereYet(Exception):
+    """What is left open cannot be told before a download."""
+
+
 def preflight(cfg: RetrievalConfig, args: argparse.Namespace) -> tuple[Job, Findings]:
     """Read the annotations; on rank 0 find what is wrong (with `--check` in all of it) before anything is written."""
     found, plans = Findings(), list[Plan]()
-    trains = not (args.resume or args.evaluate)
-    if args.check and trains and AUTO in (cfg.vit, cfg.med_config) and is_remote(cfg.pretrained, cfg):
-        found.facts.append(f"{cfg.pretrained}: not here yet, so neither its sizes nor whether they fit were checked")
-    else:
+    try:
         found.attempt(lambda: plans.append(plan_job(cfg, args)))
+    except NotHereYet as reason:
+        found.facts.append(str(reason))
     job = Job(cfg, args, {}, Plan(cfg, MedConfig()))
     if plans:
         job = Job(plans[0].cfg, args, {}, plans[0])
@@ -108,22 +111,30 @@ def of_all_processes(errors: list[str]) -> list[str]:
 
 
 def plan_job(cfg: RetrievalConfig, args: argparse.Namespace) -> Plan:
-    """What the config leaves open, filled in from the checkpoint that will be loaded, if there is one."""
+    """What the config leaves open, filled in from the checkpoint that will be loaded, if there is one.
+
+    NotHereYet where it is left to a checkpoint that `--check` does not download.
+    """
     source = cfg.pretrained
     if args.evaluate:
         source = weights_to_evaluate(cfg, args)[0]
     elif args.resume:
         saves = find_runs(args.output_dir) if args.resume == "auto" else [Path(args.resume)]
+        if saves and saves[0].is_dir():
+            raise ValueError(f"--resume {saves[0]}: is a folder. Name a save in it, or --output_dir and --resume auto.")
+        if not saves and (args.output_dir / BEST).exists():
+            raise ValueError(
+                f"--resume {args.resume}: {args.output_dir} holds {BEST}, but no save to go on from. Start from it in "
+                "a new --output_dir, as `pretrained`, or remove it."
+            )
         for save in saves:
             with suppress(DamagedFile):  # `resume` says so, and goes on with the save before it
                 return plan_model(cfg, str(save))
-    return plan_model(cfg, "" if args.check and is_remote(source, cfg) else source)
-
-
-def is_remote(source: str, cfg: RetrievalConfig) -> bool:
-    """Whether it is an address or a released name, and not on this machine yet."""
-    remote = "://" in source or (source in RELEASED and not Path(source).exists())
-    return remote and not (cache_folder(cfg.cache_dir) / source.rpartition("/")[2]).exists()
+    if args.check and is_to_be_downloaded(source, cfg.cache_dir):
+        if AUTO in (cfg.vit, cfg.med_config):
+            raise NotHereYet(f"{source}: not here yet, so neither its sizes nor whether they fit were checked")
+        source = ""
+    return plan_model(cfg, source)
 
 
 def launcher_warnings() -> list[str]:
@@ -183,7 +194,7 @@ def check_model(job: Job) -> Findings:
 def check_checkpoint(model: BLIP_Retrieval, source: str, job: Job) -> Findings:
     """Whether it fits the config, and whether it is one to train from."""
     cfg, args = job.cfg, job.args
-    if args.check and is_remote(source, cfg):
+    if args.check and is_to_be_downloaded(source, cfg.cache_dir):
         return Findings(facts=[f"{source}: not here yet, so not checked; the first run downloads it"])
     if args.check:
         with warnings.catch_warnings(action="ignore"):  # that there is no memory to load into
