@@ -315,6 +315,18 @@ def test_several_files_are_one_set(tmp_path):
             custom(tmp_path, train_file=wrong)
 
 
+def test_several_files_name_splits_all_or_none(tmp_path):
+    write(tmp_path / "all.json", in_splits(train=6, val=2, test=2))
+    write(tmp_path / "mine.json", [{"image": "m.png", "caption": "mine"}])
+    for files in (["all.json", "mine.json"], ["mine.json", "all.json"]):
+        for split in ("train", "val", "test"):
+            with pytest.raises(ValueError, match=r"/mine.json has no 'split', but \S+/all.json, .* its split \(train"):
+                load_annotations(custom(tmp_path, train_file=files), split)
+    write(tmp_path / "mine.json", [{"image": "m.png", "caption": "mine", "split": "train"}])
+    cfg = custom(tmp_path, train_file=["all.json", "mine.json"])
+    assert len(load_annotations(cfg, "train").images) == 7 and len(load_annotations(cfg, "test").images) == 2
+
+
 def test_an_image_of_two_files_joins_their_ids(tmp_path):
     write(tmp_path / "a.json", [{"image": "a.png", "caption": "x", "image_id": 1}])
     write(tmp_path / "b.json", [{"image": "a.png", "caption": "y", "image_id": 7},
