@@ -47,7 +47,7 @@ def read_folder(folder: Path, image_root: Path) -> Dialect:
         )
     rows: Numbered = []
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    texts = {path.with_suffix("") for path in files if path.suffix == ".txt"}
+    texts = {path.with_suffix(""): path for path in files if path.suffix == ".txt"}
     pictures: dict[Path, Path] = {}
     for path in files:
         if path.suffix.lower() in PICTURES:
@@ -56,9 +56,9 @@ def read_folder(folder: Path, image_root: Path) -> Dialect:
             pictures[path.with_suffix("")] = path
     for number, (stem, path) in enumerate(pictures.items(), 1):
         name = path.resolve().relative_to(image_root.resolve()).as_posix()
-        captions = read_text(stem.with_suffix(".txt")).splitlines() if stem in texts else []
+        captions = read_text(texts[stem]).splitlines() if stem in texts else []
         rows.append((number, {"image": name, "caption": [line for line in captions if line.strip()]}))
-    lonely = [f"{stem.name}.txt" for stem in sorted(texts) if stem not in pictures]
+    lonely = [path.name for stem, path in sorted(texts.items()) if stem not in pictures]
     if lonely:
         raise ValueError(
             f"{folder}: {len(lonely)} text files have no picture beside them, the first is {lonely[0]}: add the "

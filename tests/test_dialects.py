@@ -126,6 +126,14 @@ def test_a_folder_of_pictures_and_texts(tmp_path):
         read_rows(tmp_path / "images" / "set", tmp_path)
 
 
+def test_names_with_several_dots_have_texts_of_their_own(tmp_path):
+    names = ["at 10.22.33.png", "cat.2.png", "cat.png"]
+    for name in names:
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text(f"in {name}")
+    assert {row.image: row.captions for row in read_rows(tmp_path, tmp_path).rows} == {n: [f"in {n}"] for n in names}
+
+
 def test_an_imagefolder_is_found_by_its_metadata(tmp_path):
     folder_of_texts(tmp_path)
     (tmp_path / "metadata.jsonl").write_text(DIALECTS["metadata.jsonl"][0])
