@@ -41,7 +41,8 @@ def read_dialect(file: Path, text: str) -> Dialect:
 
 def read_folder(folder: Path, image_root: Path) -> Dialect:
     """Pictures `key.jpg` with their captions in `key.txt`, one a line, anywhere below `folder`."""
-    if not folder.resolve().is_relative_to(image_root.resolve()):
+    place, top = folder.resolve(), image_root.resolve()
+    if not place.is_relative_to(top):
         raise ValueError(
             f"{folder} is a folder, so its pictures are read from it: put it under image_root {image_root}"
         )
@@ -55,7 +56,7 @@ def read_folder(folder: Path, image_root: Path) -> Dialect:
                 raise ValueError(f"{folder}: {path.name} and {pictures[path.with_suffix('')].name} share one text file")
             pictures[path.with_suffix("")] = path
     for number, (stem, path) in enumerate(pictures.items(), 1):
-        name = path.resolve().relative_to(image_root.resolve()).as_posix()
+        name = (place.relative_to(top) / path.relative_to(folder)).as_posix()  # of a link, its own name
         captions = read_text(texts[stem]).splitlines() if stem in texts else []
         rows.append((number, {"image": name, "caption": [line for line in captions if line.strip()]}))
     lonely = [path.name for stem, path in sorted(texts.items()) if stem not in pictures]

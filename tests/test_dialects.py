@@ -134,6 +134,17 @@ def test_names_with_several_dots_have_texts_of_their_own(tmp_path):
     assert {row.image: row.captions for row in read_rows(tmp_path, tmp_path).rows} == {n: [f"in {n}"] for n in names}
 
 
+def test_pictures_of_a_folder_may_be_links(tmp_path):
+    folder_of_texts(tmp_path / "far")
+    (tmp_path / "images" / "set").mkdir(parents=True)
+    (tmp_path / "images" / "set" / "hat.png").symlink_to(tmp_path / "far" / "a" / "1.png")
+    (tmp_path / "images" / "set" / "hat.txt").write_text("a hat")
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    for root in ("images", "link"):
+        rows = read_rows(tmp_path / root / "set", tmp_path / "images").rows
+        assert [(row.image, row.captions) for row in rows] == [("set/hat.png", ["a hat"])]
+
+
 def test_an_imagefolder_is_found_by_its_metadata(tmp_path):
     folder_of_texts(tmp_path)
     (tmp_path / "metadata.jsonl").write_text(DIALECTS["metadata.jsonl"][0])
