@@ -324,6 +324,8 @@ def test_samples_have_the_captions_beside_them(tmp_path):
     ("members", "said"),
     [
         ({"a.png": png(0), "a.jpg": png(0), "a.txt": b"x"}, "x.tar: a.png and a.jpg share the key a"),
+        ({"a.png": png(0), "a.txt": b"x", "a.zh.txt": b"y"}, "x.tar: a.txt and a.zh.txt share the key a"),
+        ({"a.png": png(0), "a.json": b"{}", "a.meta.json": b"{}"}, "x.tar: a.json and a.meta.json share the key a"),
         ({"a.png": png(0), "b.txt": b"x"}, "x.tar: b.txt has no picture of its key beside it"),
         ({"a.png": png(0), "a.json": b"{"}, "x.tar: a.json is not valid JSON"),
         ({"a.png": png(0), "a.json": b"[]"}, "x.tar: a.json is not an object"),
