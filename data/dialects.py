@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from data.keys import KEY_OF, Dialect, Numbered, did_you_mean, numbered, own_keys, plain
+from data.keys import KEY_OF, Dialect, Numbered, caption_lines, did_you_mean, numbered, own_keys, plain
 
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 TOKEN_LINE = re.compile(r"([^\t\n]+)#\d+\t(.*)")  # Flickr8k.token.txt
@@ -57,8 +57,8 @@ def read_folder(folder: Path, image_root: Path) -> Dialect:
             pictures[path.with_suffix("")] = path
     for number, (stem, path) in enumerate(pictures.items(), 1):
         name = (place.relative_to(top) / path.relative_to(folder)).as_posix()  # of a link, its own name
-        captions = read_text(texts[stem]).splitlines() if stem in texts else []
-        rows.append((number, {"image": name, "caption": [line for line in captions if line.strip()]}))
+        captions = caption_lines(read_text(texts[stem])) if stem in texts else []
+        rows.append((number, {"image": name, "caption": captions}))
     lonely = [path.name for stem, path in sorted(texts.items()) if stem not in pictures]
     if lonely:
         raise ValueError(

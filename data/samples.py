@@ -8,7 +8,7 @@ import posixpath
 from pathlib import Path
 from typing import Any
 
-from data.keys import KEY_OF, Dialect, Numbered, own_keys, plain
+from data.keys import KEY_OF, Dialect, Numbered, caption_lines, own_keys, plain
 from data.shards import PICTURE, Shards, open_shards, shard_files
 from data.tars import ShardError, TarIndex, shard_state
 
@@ -63,7 +63,7 @@ def _samples(index: TarIndex, shard: str) -> list[dict[str, Any]]:
     for key, name in sorted(pictures.items(), key=lambda item: item[1].split("/")):
         row = _json(index.path, key, texts[f"{key}.json"]) if f"{key}.json" in texts else {}
         if f"{key}.txt" in texts:
-            row["caption"] = [line for line in texts[f"{key}.txt"].splitlines() if line.strip()]
+            row["caption"] = caption_lines(texts[f"{key}.txt"])
         elif not any(KEY_OF.get(plain(word)) == "caption" for word in row):
             row["caption"] = []
         rows.append({**row, "image": f"{shard}/{name}"})

@@ -320,6 +320,15 @@ def test_samples_have_the_captions_beside_them(tmp_path):
         read_rows(path, tmp_path / "pictures")
 
 
+def test_a_caption_ends_at_a_newline_alone(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.png").write_bytes(png(0))
+    (tmp_path / "folder" / "a.txt").write_bytes("a\u2028red\x85cat\x0bhere\r\n\r\nthe cat\r\n".encode())
+    pack_folder(tmp_path / "x.tar", tmp_path / "folder")
+    for root in (tmp_path / "folder", tmp_path / "x.tar"):
+        assert read_rows(root, root).rows[0].captions == ["a\u2028red\x85cat\x0bhere", "the cat"]
+
+
 @pytest.mark.parametrize(
     ("members", "said"),
     [
