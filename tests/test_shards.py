@@ -22,9 +22,10 @@ import train_retrieval
 from benchmarks.bench_shards import captions, work
 from configs.schema import RetrievalConfig, load_config
 from data import tars
-from data.annotations import load_annotations
+from data.annotations import build_annotations, load_annotations
 from data.images import ImageStore, missing_message
 from data.loaders import GlobalBatchSampler, train_loader
+from data.retrieval import RetrievalTrain
 from data.rows import read_rows
 from data.shards import Shards, expand, is_shards, open_shards
 from data.tars import INDEX, ShardError, open_index
@@ -262,6 +263,18 @@ def test_a_shard_that_changes_or_goes_during_a_run_is_named(tmp_path):
     os.utime(paths[2], ns=(state.st_atime_ns, index.mtime_ns))
     with pytest.raises(ShardError, match=r"s2.tar is cut short: of 2.png, at byte 512, \d+ of \d+ bytes are missing"):
         store.load("2.png")
+
+
+def test_a_lost_shard_is_no_bad_sample_to_skip(tmp_path):
+    pack(tmp_path / "s0.tar", {"0.png": png(0), "0.txt": b"a cat", "1.png": b"broken", "1.txt": b"a dog"})
+    pack(tmp_path / "s1.tar", {"2.png": png(2), "2.txt": b"a bird"})
+    table, store = build_annotations("custom train", *read_rows(tmp_path, tmp_path)), ImageStore(tmp_path)
+    samples = RetrievalTrain(table, store, lambda picture: torch.zeros(3), seed=0, skip_bad_images=True)
+    assert samples[0, 1].skipped and samples[0, 1].name == "s1.tar/2.png"
+    (tmp_path / "s1.tar").unlink()
+    store.shards.handles.clear()
+    with pytest.raises(ShardError, match="s1.tar is gone, so s1.tar/2.png, at byte"):
+        samples[0, 2]
 
 
 def test_forks_threads_and_pickles_read_the_same(tmp_path, monkeypatch):
