@@ -265,7 +265,19 @@ def _read_set(cfg: RetrievalConfig, names: str | list[str]) -> RowFile:
         found = read_rows(file, find_path(cfg.image_root), fetched.shards if fetched else None)
         rows += found.rows
         notes += found.notes
+    _require_splits_everywhere(rows)
     return RowFile(rows, notes)
+
+
+def _require_splits_everywhere(rows: list[Row]) -> None:
+    """ValueError when only some files of a set name splits: the rows of the others would be in none."""
+    without = [row for row in rows if row.split is None]
+    if 0 < len(without) < len(rows):
+        others = _sources([row for row in rows if row.split is not None])
+        raise ValueError(
+            f"{_sources(without)} has no 'split', but {others}, of the same set, has one: give every row its split "
+            "(train, val or test)"
+        )
 
 
 def _sources(rows: list[Row]) -> str:

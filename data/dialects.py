@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from data.keys import KEY_OF, Dialect, Numbered, did_you_mean, numbered, own_keys, plain
+from data.keys import KEY_OF, Dialect, Numbered, caption_lines, did_you_mean, numbered, own_keys, plain
 
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 TOKEN_LINE = re.compile(r"([^\t\n]+)#\d+\t(.*)")  # Flickr8k.token.txt
@@ -41,13 +41,14 @@ def read_dialect(file: Path, text: str) -> Dialect:
 
 def read_folder(folder: Path, image_root: Path) -> Dialect:
     """Pictures `key.jpg` with their captions in `key.txt`, one a line, anywhere below `folder`."""
-    if not folder.resolve().is_relative_to(image_root.resolve()):
+    place, top = folder.resolve(), image_root.resolve()
+    if not place.is_relative_to(top):
         raise ValueError(
             f"{folder} is a folder, so its pictures are read from it: put it under image_root {image_root}"
         )
     rows: Numbered = []
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    texts = {path.with_suffix("") for path in files if path.suffix == ".txt"}
+    texts = {path.with_suffix(""): path for path in files if path.suffix == ".txt"}
     pictures: dict[Path, Path] = {}
     for path in files:
         if path.suffix.lower() in PICTURES:
@@ -55,10 +56,10 @@ def read_folder(folder: Path, image_root: Path) -> Dialect:
                 raise ValueError(f"{folder}: {path.name} and {pictures[path.with_suffix('')].name} share one text file")
             pictures[path.with_suffix("")] = path
     for number, (stem, path) in enumerate(pictures.items(), 1):
-        name = path.resolve().relative_to(image_root.resolve()).as_posix()
-        captions = read_text(stem.with_suffix(".txt")).splitlines() if stem in texts else []
-        rows.append((number, {"image": name, "caption": [line for line in captions if line.strip()]}))
-    lonely = [f"{stem.name}.txt" for stem in sorted(texts) if stem not in pictures]
+        name = (place.relative_to(top) / path.relative_to(folder)).as_posix()  # of a link, its own name
+        captions = caption_lines(read_text(texts[stem])) if stem in texts else []
+        rows.append((number, {"image": name, "caption": captions}))
+    lonely = [path.name for stem, path in sorted(texts.items()) if stem not in pictures]
     if lonely:
         raise ValueError(
             f"{folder}: {len(lonely)} text files have no picture beside them, the first is {lonely[0]}: add the "

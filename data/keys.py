@@ -161,6 +161,11 @@ def did_you_mean(key: str, names: Iterable[str]) -> str:
     return f", did you mean {near[0]!r}?" if near else ""
 
 
+def caption_lines(text: str) -> list[str]:
+    """The lines of a text that are not blank; a caption may hold U+2028 or U+0085, at which `splitlines` would cut."""
+    return [line.rstrip("\r") for line in text.split("\n") if line.strip()]
+
+
 def list_in_cell(cell: str) -> list[str] | None:
     """The texts of a list written into one cell, as JSON or as Python or numpy print it; None if it is no list."""
     cell = cell.strip()

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from data.annotations import Annotations
 from data.images import ImageStore
+from data.tars import ShardError
 from transform.text import CaptionTokenizer, TokenizedText
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,8 @@ class RetrievalTrain(Dataset):
     """Pairs (image, caption), one for each caption, addressed by (epoch, index).
 
     The transform's randomness is a pure function of (seed, epoch, index): it does not matter which worker, process or
-    resumed run asks for a sample. With `skip_bad_images`, the next sample replaces one whose image cannot be read.
+    resumed run asks for a sample. With `skip_bad_images`, the next sample replaces one whose image cannot be read; a
+    shard that cannot be read stays an error.
     """
 
     def __init__(
@@ -70,6 +72,8 @@ class RetrievalTrain(Dataset):
             name = self.annotations.images[self.annotations.caption_image[taken]]
             try:
                 picture = self.store.load(name)
+            except ShardError:  # not one image but a whole shard
+                raise
             except ValueError as error:
                 if not self.skip_bad_images:
                     raise

@@ -113,6 +113,8 @@ def _check_row(file: Path, number: int, row: Any) -> Row:
         raise wrong(f"needs under 'caption' a text or a list of texts, not {_kind(row['caption'])}")
     if not image and not captions:
         raise wrong("has neither an image nor a caption: remove it")
+    if isinstance(image_id, str) and not image_id.strip():
+        image_id = None  # as an empty cell of a table
     if image_id is not None and (isinstance(image_id, bool) or not isinstance(image_id, int | str)):
         raise wrong(f"needs under 'image_id' a text or a whole number, not {_kind(image_id)}")
     if split is not None and (not isinstance(split, str) or split.strip().lower() not in SPLIT_NAMES):

@@ -8,7 +8,7 @@ import posixpath
 from pathlib import Path
 from typing import Any
 
-from data.keys import KEY_OF, Dialect, Numbered, own_keys, plain
+from data.keys import KEY_OF, Dialect, Numbered, caption_lines, own_keys, plain
 from data.shards import PICTURE, Shards, open_shards, shard_files
 from data.tars import ShardError, TarIndex, shard_state
 
@@ -52,16 +52,10 @@ def _known(image_root: Path, fetched: Shards | None) -> dict[Path, tuple[str, Ta
 
 def _samples(index: TarIndex, shard: str) -> list[dict[str, Any]]:
     """A shard's rows, in the order of their paths."""
-    pictures: dict[str, str] = {}
-    for name in index.names:
-        if PICTURE.search(name):
-            other = pictures.setdefault(key_of(name), name)
-            if other != name:
-                raise ShardError(
-                    f"{index.path}: {other} and {name} share the key {key_of(name)}, the path up to the first dot: "
-                    "rename one, or name the pictures in an annotation file"
-                )
-    texts = {key_of(name) + posixpath.splitext(name)[1]: text for name, text in index.texts().items()}
+    contents = index.texts()
+    pictures = _by_key(index.path, {name: key_of(name) for name in index.names if PICTURE.search(name)})
+    members = _by_key(index.path, {name: key_of(name) + posixpath.splitext(name)[1] for name in contents})
+    texts = {key: contents[name] for key, name in members.items()}
     lonely = next((name for name in texts if posixpath.splitext(name)[0] not in pictures), None)
     if lonely:
         raise ShardError(f"{index.path}: {lonely} has no picture of its key beside it: add it, or remove the text")
@@ -69,11 +63,24 @@ def _samples(index: TarIndex, shard: str) -> list[dict[str, Any]]:
     for key, name in sorted(pictures.items(), key=lambda item: item[1].split("/")):
         row = _json(index.path, key, texts[f"{key}.json"]) if f"{key}.json" in texts else {}
         if f"{key}.txt" in texts:
-            row["caption"] = [line for line in texts[f"{key}.txt"].splitlines() if line.strip()]
+            row["caption"] = caption_lines(texts[f"{key}.txt"])
         elif not any(KEY_OF.get(plain(word)) == "caption" for word in row):
             row["caption"] = []
         rows.append({**row, "image": f"{shard}/{name}"})
     return rows
+
+
+def _by_key(path: Path, keys: dict[str, str]) -> dict[str, str]:
+    """Members of the shard `path` by their `keys`; ShardError when two have the same."""
+    members: dict[str, str] = {}
+    for name, key in keys.items():
+        other = members.setdefault(key, name)
+        if other != name:
+            raise ShardError(
+                f"{path}: {other} and {name} share the key {key_of(name)}, the path up to the first dot: rename or "
+                "remove one, or name the pictures in an annotation file"
+            )
+    return members
 
 
 def key_of(name: str) -> str:

@@ -38,6 +38,7 @@ TRAIN_IMAGES, VAL_IMAGES, TEST_IMAGES = 6000, 200, 500
 DRAWINGS = 24  # pictures of each training scene; they share its image_id, so none is another's negative
 FAMILY = 4  # scenes of a split that use the same words; in training fewer where exchanges give the same scene
 ARCHIVE, STAMP = "images.zip", "stamp.json"
+FILES = {ARCHIVE, STAMP, "train.json", "val.json", "test.json"}  # what a drawing consists of
 
 COLOURS = {
     "red": (215, 25, 30), "orange": (250, 130, 10), "yellow": (250, 225, 30), "green": (25, 145, 45),
@@ -222,26 +223,28 @@ def stamp_of(seed: int) -> dict:
     return {**kind, "seed": seed, "side": SIDE, "images": counts}
 
 
-def ensure_scenes(root: Path, seed: int = 0) -> Path:
+def ensure_scenes(root: Path, seed: int | None = None) -> Path:
     """Draw the data set into `root` unless it is there already; returns `root`.
 
-    Raises ValueError when `root` holds other files, which are never replaced.
+    `seed`: None is the one that `root` was drawn from, or 0. Raises ValueError when there is something to draw but
+    `root` holds other files, which are never replaced.
     """
     root = Path(root)
-    if _stamp_in(root) == stamp_of(seed):
+    if _stamp_in(root) == _stamp_for(root, seed):
         return root
     with _lock_of(root):
-        if _stamp_in(root) == stamp_of(seed):  # another process drew it while this one waited
+        stamp = _stamp_for(root, seed)
+        if _stamp_in(root) == stamp:  # another process drew it while this one waited
             return root
-        if root.is_file() or (root.is_dir() and _stamp_in(root) is None and any(root.iterdir())):
+        if other := _something_else(root):
             raise ValueError(
-                f"the data set `scenes` would be drawn into {root}, but it holds something else (there is no {STAMP}): "
+                f"the data set `scenes` would be drawn into {root}, but it holds something else ({other}): "
                 "name an empty or a new folder (ann_root in the config, or --out)"
             )
         try:
             root.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as work:
-                _write(Path(work, "new"), seed)
+                _write(Path(work, "new"), stamp["seed"])
                 if root.exists():
                     root.rename(Path(work, "old"))
                 Path(work, "new").rename(root)
@@ -288,9 +291,25 @@ def _add_picture(archive: zipfile.ZipFile, name: str, picture: Image.Image) -> N
 def _stamp_in(root: Path) -> dict | None:
     """What the folder was drawn from; None if it is not such a folder."""
     try:
-        return json.loads((root / STAMP).read_text(encoding="utf-8"))
+        stamp = json.loads((root / STAMP).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return stamp if isinstance(stamp, dict) and isinstance(stamp.get("seed"), int) else None
+
+
+def _stamp_for(root: Path, seed: int | None) -> dict:
+    """The stamp that the folder should have; `seed` as in `ensure_scenes`."""
+    return stamp_of((_stamp_in(root) or {"seed": 0})["seed"] if seed is None else seed)
+
+
+def _something_else(root: Path) -> str:
+    """What is there that no drawing has left, for a message; '' if nothing is."""
+    if not root.is_dir():
+        return "a file" if root.exists() else ""
+    names = {path.name for path in root.iterdir()}
+    if names and _stamp_in(root) is None:
+        return f"there is no {STAMP} of a drawing"
+    return ", ".join(sorted(names - FILES)[:3])
 
 
 def _lock_of(root: Path) -> FileLock:

@@ -53,6 +53,11 @@ def test_train_ids_are_blips_running_numbers(tmp_path):
     assert table.image_ids.dtype == table.caption_image.dtype == np.int64
 
 
+def test_a_blank_image_id_is_none(tmp_path):
+    rows = [{"image": f"{i}.jpg", "caption": f"caption {i}", "image_id": ""} for i in range(2)]
+    assert load(tmp_path, rows).image_ids.tolist() == [0, 1]
+
+
 def test_evaluation_rows_and_cleaning(tmp_path):
     rows = [{"image": "a.jpg", "caption": ["One (1).", "TWO"]}, {"image": "b.jpg", "caption": ["word " * 40]}]
     write(tmp_path / "flickr30k_test.json", rows)

@@ -126,6 +126,25 @@ def test_a_folder_of_pictures_and_texts(tmp_path):
         read_rows(tmp_path / "images" / "set", tmp_path)
 
 
+def test_names_with_several_dots_have_texts_of_their_own(tmp_path):
+    names = ["at 10.22.33.png", "cat.2.png", "cat.png"]
+    for name in names:
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text(f"in {name}")
+    assert {row.image: row.captions for row in read_rows(tmp_path, tmp_path).rows} == {n: [f"in {n}"] for n in names}
+
+
+def test_pictures_of_a_folder_may_be_links(tmp_path):
+    folder_of_texts(tmp_path / "far")
+    (tmp_path / "images" / "set").mkdir(parents=True)
+    (tmp_path / "images" / "set" / "hat.png").symlink_to(tmp_path / "far" / "a" / "1.png")
+    (tmp_path / "images" / "set" / "hat.txt").write_text("a hat")
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    for root in ("images", "link"):
+        rows = read_rows(tmp_path / root / "set", tmp_path / "images").rows
+        assert [(row.image, row.captions) for row in rows] == [("set/hat.png", ["a hat"])]
+
+
 def test_an_imagefolder_is_found_by_its_metadata(tmp_path):
     folder_of_texts(tmp_path)
     (tmp_path / "metadata.jsonl").write_text(DIALECTS["metadata.jsonl"][0])
@@ -313,6 +332,18 @@ def test_several_files_are_one_set(tmp_path):
     for wrong in ([], ["a.json", 3], [""]):
         with pytest.raises(ValueError, match="train_file must be a file or a list of files"):
             custom(tmp_path, train_file=wrong)
+
+
+def test_several_files_name_splits_all_or_none(tmp_path):
+    write(tmp_path / "all.json", in_splits(train=6, val=2, test=2))
+    write(tmp_path / "mine.json", [{"image": "m.png", "caption": "mine"}])
+    for files in (["all.json", "mine.json"], ["mine.json", "all.json"]):
+        for split in ("train", "val", "test"):
+            with pytest.raises(ValueError, match=r"/mine.json has no 'split', but \S+/all.json, .* its split \(train"):
+                load_annotations(custom(tmp_path, train_file=files), split)
+    write(tmp_path / "mine.json", [{"image": "m.png", "caption": "mine", "split": "train"}])
+    cfg = custom(tmp_path, train_file=["all.json", "mine.json"])
+    assert len(load_annotations(cfg, "train").images) == 7 and len(load_annotations(cfg, "test").images) == 2
 
 
 def test_an_image_of_two_files_joins_their_ids(tmp_path):

@@ -11,7 +11,9 @@ import time
 import numpy as np
 import pytest
 
+from configs.schema import RetrievalConfig
 from data import scenes
+from data.annotations import load_annotations
 from data.images import ImageStore
 from data.scenes import (
     AXES,
@@ -205,6 +207,29 @@ def test_other_peoples_files_are_not_replaced(tmp_path, few):
     with pytest.raises(ValueError, match="cannot be written"):
         ensure_scenes(tmp_path / "thesis.txt" / "below")
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_a_drawing_is_read_whatever_its_seed(tmp_path, few, monkeypatch):
+    root = ensure_scenes(tmp_path / "scenes", seed=3)
+    before = (root / "images.zip").stat().st_mtime_ns, (root / "images.zip").read_bytes()
+    cfg = RetrievalConfig(dataset="scenes", ann_root=str(root), image_root=str(root))
+    assert len(load_annotations(cfg, "test").images) == 6
+    assert ((root / "images.zip").stat().st_mtime_ns, (root / "images.zip").read_bytes()) == before
+    monkeypatch.setattr(scenes, "TEST_IMAGES", 8)
+    assert len(load_annotations(cfg, "test").images) == 8
+    assert json.loads((root / "stamp.json").read_text())["seed"] == 3
+
+
+def test_a_drawing_with_other_files_beside_it_is_not_replaced(tmp_path, few):
+    root = ensure_scenes(tmp_path / "scenes")
+    (root / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds something else \(thesis.txt\): .*new folder"):
+        ensure_scenes(root, seed=1)
+    assert ensure_scenes(root) == root and (root / "thesis.txt").read_text() == "mine"
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "stamp.json").write_text('{"price": 1}')
+    with pytest.raises(ValueError, match=r"holds something else \(there is no stamp.json of a drawing\)"):
+        ensure_scenes(tmp_path / "letters")
 
 
 def test_two_processes_draw_once(tmp_path, few, monkeypatch):

@@ -22,9 +22,10 @@ import train_retrieval
 from benchmarks.bench_shards import captions, work
 from configs.schema import RetrievalConfig, load_config
 from data import tars
-from data.annotations import load_annotations
+from data.annotations import build_annotations, load_annotations
 from data.images import ImageStore, missing_message
 from data.loaders import GlobalBatchSampler, train_loader
+from data.retrieval import RetrievalTrain
 from data.rows import read_rows
 from data.shards import Shards, expand, is_shards, open_shards
 from data.tars import INDEX, ShardError, open_index
@@ -264,6 +265,18 @@ def test_a_shard_that_changes_or_goes_during_a_run_is_named(tmp_path):
         store.load("2.png")
 
 
+def test_a_lost_shard_is_no_bad_sample_to_skip(tmp_path):
+    pack(tmp_path / "s0.tar", {"0.png": png(0), "0.txt": b"a cat", "1.png": b"broken", "1.txt": b"a dog"})
+    pack(tmp_path / "s1.tar", {"2.png": png(2), "2.txt": b"a bird"})
+    table, store = build_annotations("custom train", *read_rows(tmp_path, tmp_path)), ImageStore(tmp_path)
+    samples = RetrievalTrain(table, store, lambda picture: torch.zeros(3), seed=0, skip_bad_images=True)
+    assert samples[0, 1].skipped and samples[0, 1].name == "s1.tar/2.png"
+    (tmp_path / "s1.tar").unlink()
+    store.shards.handles.clear()
+    with pytest.raises(ShardError, match="s1.tar is gone, so s1.tar/2.png, at byte"):
+        samples[0, 2]
+
+
 def test_forks_threads_and_pickles_read_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr("data.shards.OPEN_FILES", 2)
     for i in range(5):
@@ -320,10 +333,21 @@ def test_samples_have_the_captions_beside_them(tmp_path):
         read_rows(path, tmp_path / "pictures")
 
 
+def test_a_caption_ends_at_a_newline_alone(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.png").write_bytes(png(0))
+    (tmp_path / "folder" / "a.txt").write_bytes("a\u2028red\x85cat\x0bhere\r\n\r\nthe cat\r\n".encode())
+    pack_folder(tmp_path / "x.tar", tmp_path / "folder")
+    for root in (tmp_path / "folder", tmp_path / "x.tar"):
+        assert read_rows(root, root).rows[0].captions == ["a\u2028red\x85cat\x0bhere", "the cat"]
+
+
 @pytest.mark.parametrize(
     ("members", "said"),
     [
         ({"a.png": png(0), "a.jpg": png(0), "a.txt": b"x"}, "x.tar: a.png and a.jpg share the key a"),
+        ({"a.png": png(0), "a.txt": b"x", "a.zh.txt": b"y"}, "x.tar: a.txt and a.zh.txt share the key a"),
+        ({"a.png": png(0), "a.json": b"{}", "a.meta.json": b"{}"}, "x.tar: a.json and a.meta.json share the key a"),
         ({"a.png": png(0), "b.txt": b"x"}, "x.tar: b.txt has no picture of its key beside it"),
         ({"a.png": png(0), "a.json": b"{"}, "x.tar: a.json is not valid JSON"),
         ({"a.png": png(0), "a.json": b"[]"}, "x.tar: a.json is not an object"),
