@@ -16,6 +16,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
+from checkpoints.weights import weights_sha256
 from configs.schema import load_config
 from data.images import ImageStore, open_store
 from models import load
@@ -235,10 +236,14 @@ def training_rows(run: Path) -> list[dict[str, Any]]:
 def draw_heat(
     run: Path, groups: list[tuple[str, list[Group]]], rankings: Rankings, thumbs: "Thumbnails", device: str
 ) -> dict[tuple[int, int], list[tuple[str, str]]]:
-    """For (image, caption) of each shown miss: its words, and a map of each as a data URI."""
+    """For (image, caption) of each shown miss: its words, and a map of each as a data URI.
+
+    ValueError without pictures, and when the folder's weights are not those that were evaluated.
+    """
     if thumbs.store is None:
         raise ValueError(f"{run}: heatmaps need the pictures: see the warning above.")
     blip, found = load(run, device), {}
+    require_evaluated(weights_sha256(blip.model), run, rankings)
     pairs = {case.pair for _, list_ in groups for group in list_ if group.title in MISSES for case in group.cases}
     progress = Progress("heatmaps", len(pairs), "pictures")
     for image, caption in sorted(pairs):
@@ -247,6 +252,17 @@ def draw_heat(
         found[image, caption] = [(word, as_data_uri(tile)) for word, tile in tiles]
         progress.add(1)
     return found
+
+
+def require_evaluated(sha256: str, run: Path, rankings: Rankings) -> None:
+    """ValueError when the rankings are of other weights; files of before may not say of which."""
+    row = rankings.row
+    if row.get("checkpoint_sha256", sha256) != sha256:
+        evaluated = row.get("checkpoint") or row.get("checkpoint_kind") or "other weights"
+        raise ValueError(
+            f"{rankings_file(run, rankings.split)}: what was evaluated is {evaluated}, but heatmaps would be of the "
+            f"weights in {run}, which are others: evaluate these again (--evaluate), or leave out --heatmaps."
+        )
 
 
 # ---- page -----------------------------------------------------------------------------------------------------------

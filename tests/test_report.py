@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import report
+import train_retrieval
 from data.annotations import Annotations
 from reports.cases import choose_groups, compare, false_negatives, outcomes
 from reports.report import MOST_BYTES
@@ -84,6 +86,27 @@ def test_heatmaps_of_the_misses_that_are_shown(finished, tmp_path, capsys):
         shutil.copy(path, tmp_path / "moved")
     assert report.main([str(tmp_path / "moved"), "--heatmaps"]) == 2
     assert "heatmaps need the pictures" in capsys.readouterr().err
+
+
+def evaluated(folder: Path, config: Path, checkpoint: Path) -> None:
+    args = ["--config", str(config), "--output_dir", str(folder), "--device", "cpu", "--evaluate"]
+    assert train_retrieval.main([*args, "--checkpoint", str(checkpoint)]) == 0
+
+
+def test_heatmaps_of_other_weights_than_those_evaluated_are_refused(finished, tmp_path, capsys):
+    folder, other = tmp_path / "run", tmp_path / "other.pth"
+    shutil.copytree(finished, folder)
+    file = torch.load(finished / "checkpoint_best.pth", weights_only=True)
+    file["model"]["vision_proj.bias"] += 1
+    torch.save(file, other)
+    evaluated(folder, folder / "config.yaml", other)
+    assert report.main([str(folder), "--heatmaps"]) == 2
+    err = capsys.readouterr().err
+    assert f"ranking_test.npz: what was evaluated is {other}" in err and "leave out --heatmaps" in err
+    assert not (folder / "report.html").exists() and "map of" not in page_of(folder, tmp_path)
+    kept = load_rankings(rankings_file(folder, "test"))
+    save_rankings(folder, kept, {key: value for key, value in kept.row.items() if key != "checkpoint_sha256"})
+    assert "map of" in page_of(folder, tmp_path, "--heatmaps", "--cases", "1")  # a file of before says nothing
 
 
 def test_a_run_against_itself_shows_no_difference(finished, tmp_path):
