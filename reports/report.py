@@ -102,9 +102,13 @@ def find_rankings(run: Path, split: str) -> Rankings | None:
 
 
 def run_store(run: Path) -> ImageStore | None:
-    """Where the run's images are; None when they are not there any more."""
+    """Where the run's images are; None when that is not known, or they are not there any more."""
+    config = run / "config.yaml"
+    if not config.exists():
+        log.warning("warning: the report has no pictures: %s is not there; --evaluate writes it", config)
+        return None
     try:
-        return open_store(load_config(run / "config.yaml"))
+        return open_store(load_config(config))
     except ValueError as error:
         log.warning("warning: the report has no pictures: %s", error)
         return None

@@ -76,7 +76,7 @@ def test_a_part_of_a_run_gives_a_part_of_the_page(finished, tmp_path, kept):
     assert ('class="gone"' in page) == ("config.yaml" not in kept)  # without a config, names stand for pictures
 
 
-def test_heatmaps_of_the_misses_that_are_shown(finished, tmp_path, capsys):
+def test_heatmaps_of_the_misses_that_are_shown(finished, tmp_path, capsys, caplog):
     plain = page_of(finished, tmp_path)
     page = page_of(finished, tmp_path, "--heatmaps", "--cases", "2")
     maps = re.findall(r'<figure><img src="data:image/jpeg;base64,[^"]+" alt="map of ([^"]+)"', page)
@@ -86,11 +86,18 @@ def test_heatmaps_of_the_misses_that_are_shown(finished, tmp_path, capsys):
         shutil.copy(path, tmp_path / "moved")
     assert report.main([str(tmp_path / "moved"), "--heatmaps"]) == 2
     assert "heatmaps need the pictures" in capsys.readouterr().err
+    assert "config.yaml is not there" in caplog.text and "--config" not in caplog.text  # which report.py has not
 
 
 def evaluated(folder: Path, config: Path, checkpoint: Path) -> None:
     args = ["--config", str(config), "--output_dir", str(folder), "--device", "cpu", "--evaluate"]
     assert train_retrieval.main([*args, "--checkpoint", str(checkpoint)]) == 0
+
+
+def test_the_folder_of_an_evaluation_has_pictures(finished, tmp_path):
+    evaluated(tmp_path / "mine", finished.parent / "config.yaml", finished / "checkpoint_best.pth")
+    page = page_of(tmp_path / "mine", tmp_path)
+    assert page.count('<image id="p') == 4 and 'class="gone"' not in page
 
 
 def test_heatmaps_of_other_weights_than_those_evaluated_are_refused(finished, tmp_path, capsys):
