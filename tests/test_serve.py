@@ -149,7 +149,21 @@ def test_hosts_that_a_browser_sends():
     assert "localhost" in serve.known_hosts("127.0.0.1", 80) and "localhost" not in serve.known_hosts("127.0.0.1", 81)
     assert "[fe80::2]:8000" in serve.known_hosts("fe80::2", 8000)
     everywhere = serve.known_hosts("0.0.0.0", 8000)
-    assert f"{platform.node()}:8000" in everywhere and "0.0.0.0:8000" not in everywhere
+    assert f"{platform.node().lower()}:8000" in everywhere and "0.0.0.0:8000" not in everywhere
+
+
+def test_a_machine_is_reached_by_its_name_in_any_case_and_by_its_addresses(searcher, monkeypatch):
+    assert serve.source_address(socket.AF_INET, "127.0.0.1") == "127.0.0.1"
+    monkeypatch.setattr(platform, "node", lambda: "MyBox")
+    monkeypatch.setattr(serve, "own_addresses", lambda: {"192.168.1.5", "fd00::5"})
+    hosts = serve.known_hosts("0.0.0.0", 8000)
+    assert hosts - serve.known_hosts("127.0.0.1", 8000) == {"mybox:8000", "192.168.1.5:8000", "[fd00::5]:8000"}
+    client = TestClient(create_app(searcher, hosts), base_url="http://mybox:8000")
+    for host in ("mybox:8000", "MyBox:8000"):  # browsers send the first
+        own = {"host": host, "origin": f"http://{host}"}
+        assert client.post("/search", json={"text": "a dog"}, headers=own).status_code == 200
+    refused = client.get("/", headers={"host": "other:8000"})
+    assert refused.status_code == 421 and "mybox:8000" in refused.text and "--host ADDRESS" in refused.text
 
 
 def test_another_host_needs_the_token(searcher):
