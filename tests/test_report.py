@@ -225,6 +225,16 @@ def test_markup_in_a_caption_is_inert_in_a_browser(finished, tmp_path):
     assert title == "out: report" and "onerror" in unescape(shown) and "<img" not in shown
 
 
+def test_long_names_of_runs_stay_within_a_narrow_window(finished, tmp_path, phone):
+    folder = tmp_path / ("long" * 30)
+    shutil.copytree(finished, folder)
+    page_of(folder, tmp_path, "--against", str(folder))
+    phone.goto((tmp_path / "r.html").as_uri())
+    titles = "[...document.querySelectorAll('h1, h2')]"
+    assert phone.evaluate(f"{titles}.filter(title => title.innerText.includes('longlong')).length") == 2
+    assert phone.evaluate(f"{titles}.every(title => title.scrollWidth <= title.clientWidth)")
+
+
 def test_rankings_of_the_run_are_what_the_page_reads(finished):
     kept = load_rankings(rankings_file(finished, "test"))
     assert kept.row["kind"] == "test" and len(kept.images) == 4

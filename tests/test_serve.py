@@ -27,6 +27,7 @@ from tests.test_index import new_index, picture, some_pictures
 
 TestClient = pytest.importorskip("starlette.testclient", reason="pip install -r requirements-search.txt").TestClient
 HOST = "127.0.0.1:8000"
+LONG = "long" * 30
 EVIL = "<img src=x onerror=document.title='hacked'><script>document.title='hacked'<"
 
 
@@ -36,7 +37,7 @@ def searcher(tmp_path_factory) -> Searcher:
     torch.manual_seed(3)
     torch.save({"model": tiny_model(med_config=tiny_med(), image_size=32).state_dict()}, folder / "w.pth")
     root = some_pictures(folder / "pictures", 7)
-    picture(50).save(root / f"{EVIL} .png")
+    picture(50).save(root / f"{EVIL} {LONG}.png")
     blip = load(folder / "w.pth")
     index = new_index(folder / "index", root)
     index.head.checkpoint = str(folder / "w.pth")
@@ -286,6 +287,15 @@ def test_a_map_is_of_the_hit_that_is_open(phone, address):
     held[1].fulfill(status=400, json={"error": "has no words"})
     expect(phone.locator("dialog #trouble")).to_have_text("has no words")
     expect(phone.locator("dialog #trouble")).to_be_visible()
+
+
+def test_long_names_and_queries_stay_within_a_narrow_window(phone, address, searcher, tmp_path):
+    phone.goto(address)
+    search_for(phone, "a red dog")
+    phone.locator("#hits button", has_text=LONG).click()
+    assert phone.evaluate("document.getElementById('name').scrollWidth <= document.getElementById('name').clientWidth")
+    phone.goto(write_page(searcher, searcher.texts([LONG], 2, 0), tmp_path / "h.html").as_uri())
+    assert phone.evaluate("document.documentElement.scrollWidth") <= 360
 
 
 def test_the_index_of_the_fixture_is_open(searcher):
