@@ -46,7 +46,7 @@ log = logging.getLogger("blip")
 
 THUMB, HEAT = 144, 84  # pixels: a thumbnail's longer side, a word's map
 MOST_BYTES = 15_000_000  # of a page
-LENGTHS = ((1, 5), (6, 8), (9, 11), (12, 15), (16, 30))  # words of a caption
+LENGTHS = ((1, 5), (6, 8), (9, 11), (12, 15), (16, 30), (31, 10**9))  # words of a caption
 PLACES = ((1, 1), (2, 5), (6, 10), (11, 20), (21, 50), (51, 100), (101, 10**9))
 HIDDEN_KEYS = ("val_", "test_", "train_")  # of a row: numbers that stand in tables of their own
 
@@ -171,7 +171,8 @@ def by_length(rankings: Rankings) -> list[tuple[str, int, float, float]]:
         mask = rankings.img.asked & (words >= low) & (words <= high)
         if mask.any():
             itc, itm = (100 * float((order.place[mask] == 0).mean()) for order in (rankings.img.itc, rankings.img.itm))
-            rows.append((f"{low} to {high}", int(mask.sum()), itc, itm))
+            label = f"{low} to {high}" if high < 10**9 else f"more than {low - 1}"
+            rows.append((label, int(mask.sum()), itc, itm))
     return rows
 
 

@@ -15,7 +15,7 @@ import report
 import train_retrieval
 from data.annotations import Annotations
 from reports.cases import choose_groups, compare, false_negatives, outcomes
-from reports.report import MOST_BYTES
+from reports.report import MOST_BYTES, by_length
 from retrieval.rankings import keep, load_rankings, rankings_file, save_rankings
 from retrieval.rerank import Ranking, Shortlists
 from tests.conftest import WORDS, make_tiny_run
@@ -161,6 +161,16 @@ def test_every_query_has_one_outcome_and_groups_hold_what_they_say(way):
     masks = compare(kept, kept, way)
     assert masks["won"].sum() == masks["lost"].sum() == 0
     assert (masks["both"] | masks["neither"]).sum() == kept.direction(way).asked.sum()
+
+
+def test_captions_of_any_length_are_counted():
+    ranking, table = random_ranking(7)
+    table.captions[0] = "word " * 40
+    table.captions[1] = "word " * 30
+    kept = keep(ranking, table, "test")
+    rows = by_length(kept)
+    assert [row[:2] for row in rows[1:]] == [("16 to 30", 1), ("more than 30", 1)]
+    assert sum(row[1] for row in rows) == kept.img.asked.sum()
 
 
 def test_equal_words_on_another_image_are_false_negatives():
