@@ -6,7 +6,8 @@ With two or more GPUs, write `python -m torch.distributed.run --nproc_per_node=2
 
 `--check` looks at everything that could go wrong later and writes nothing. A run folder gets `config.yaml`, `log.txt`
 (one JSON row an evaluation), `steps.jsonl`, `console.log`, perhaps `nonfinite_batch.txt`, `checkpoint_best.pth` (best
-validation r_mean, the published layout) and the last states for `--resume`; `--evaluate` writes `evaluate.txt` only.
+validation r_mean, the published layout) and the last states for `--resume`. `--evaluate` writes `evaluate.txt`, two
+`ranking_*.npz`, and `config.yaml` where there is none.
 """
 
 import argparse
@@ -59,7 +60,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def default_folder(config: Path) -> Path:
     """The run folder that a config was saved in, else one named after it."""
-    in_run = any((config.parent / name).exists() for name in ("log.txt", "checkpoint_best.pth"))
+    in_run = any((config.parent / name).exists() for name in ("log.txt", "checkpoint_best.pth", "evaluate.txt"))
     return config.parent if in_run else Path("output") / config.stem
 
 

@@ -355,9 +355,14 @@ def load_config(
 
 
 def save_config(cfg: RetrievalConfig, path: str | Path) -> None:
-    """Write every knob to a YAML file that `load_config` reads back as an equal config."""
-    with open(path, "w", encoding="utf-8") as file:
-        YAML().dump(asdict(cfg), file)
+    """Write every knob to a YAML file that `load_config` reads back as an equal config, whole or not at all."""
+    part = Path(f"{path}.part")
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            YAML().dump(asdict(cfg), file)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _docs() -> dict[str, str]:

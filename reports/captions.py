@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from checkpoints.weights import weights_sha256
 from configs.schema import load_config
 from data.annotations import load_annotations
 from data.images import open_store
@@ -24,11 +25,12 @@ RECORD = "captions.txt"  # of a run folder: one JSON line a measurement
 
 
 class Retrieved(NamedTuple):
-    """One caption an image, its references, and whether the caption is one of them."""
+    """One caption an image, its references, whether the caption is one of them, and whose choice it is."""
 
     candidates: list[str]
     references: list[list[str]]
     hit: np.ndarray  # (N,) bool
+    sha256: str  # of the weights that chose; '' where kept rankings do not say
 
 
 def from_test(rankings: Rankings) -> Retrieved:
@@ -36,7 +38,8 @@ def from_test(rankings: Rankings) -> Retrieved:
     asked = np.flatnonzero(rankings.txt.asked)
     first = rankings.txt.itm.best[asked, 0]
     references = [[rankings.captions[i] for i in rankings.right("txt", int(image))] for image in asked]
-    return Retrieved([rankings.captions[i] for i in first], references, rankings.txt.itm.place[asked] == 0)
+    hit, sha256 = rankings.txt.itm.place[asked] == 0, rankings.row.get("checkpoint_sha256", "")
+    return Retrieved([rankings.captions[i] for i in first], references, hit, sha256)
 
 
 def from_train(run: Path, rankings: Rankings, device: str) -> Retrieved:
@@ -56,7 +59,7 @@ def from_train(run: Path, rankings: Rankings, device: str) -> Retrieved:
         progress.add(1)
     references = [[rankings.captions[i] for i in rankings.right("txt", int(image))] for image in asked]
     hit = np.array([text in own for text, own in zip(candidates, references, strict=True)])
-    return Retrieved(candidates, references, hit)
+    return Retrieved(candidates, references, hit, weights_sha256(blip.model))
 
 
 def caption_table(run: Path, gallery: str, spice: bool = False, device: str = "cpu") -> list[str]:
@@ -76,5 +79,5 @@ def caption_table(run: Path, gallery: str, spice: bool = False, device: str = "c
         lines.append(f"{title:16}{count:8}" + "".join(f"{scores[name]:9.2f}" for name in names))
     row: dict[str, Any] = {"gallery": gallery, "split": rankings.split, "images": len(found.candidates)}
     row |= {f"{title}_{name}": round(value, 4) for title, (_, scores) in rows.items() for name, value in scores.items()}
-    record(run / RECORD, row | {"checkpoint_sha256": rankings.row.get("checkpoint_sha256", "")})
+    record(run / RECORD, row | {"checkpoint_sha256": found.sha256})
     return lines

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
@@ -24,9 +23,9 @@ from data.annotations import NO_IMAGE, Annotations, load_annotations
 from data.images import ImageStore, open_store
 from models import load
 from models.loading import Blip
+from retrieval.features import encode
 
 QUERIES, SHOWN = 3, 5
-CHUNK = 256  # pictures held decoded at once
 
 # In pixels.
 SIDE, GAP, MARGIN, FRAME = 160, 18, 24, 4
@@ -50,12 +49,6 @@ class Answer:
 
 
 # ---- ranking --------------------------------------------------------------------------------------------------------
-
-
-def encode(blip: Blip, store: ImageStore, names: Sequence[str]) -> Tensor:
-    """Embeddings (N, E) of pictures that need not fit into memory together."""
-    chunks = (names[start : start + CHUNK] for start in range(0, len(names), CHUNK))
-    return torch.cat([blip.image_features([store.load(name) for name in chunk]) for chunk in chunks])
 
 
 def answer(blip: Blip, store: ImageStore, split: Annotations, feat: Tensor, caption: int, k_test: int) -> Answer:

@@ -16,6 +16,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
+from checkpoints.weights import weights_sha256
 from configs.schema import load_config
 from data.images import ImageStore, open_store
 from models import load
@@ -45,7 +46,7 @@ log = logging.getLogger("blip")
 
 THUMB, HEAT = 144, 84  # pixels: a thumbnail's longer side, a word's map
 MOST_BYTES = 15_000_000  # of a page
-LENGTHS = ((1, 5), (6, 8), (9, 11), (12, 15), (16, 30))  # words of a caption
+LENGTHS = ((1, 5), (6, 8), (9, 11), (12, 15), (16, 30), (31, 10**9))  # words of a caption
 PLACES = ((1, 1), (2, 5), (6, 10), (11, 20), (21, 50), (51, 100), (101, 10**9))
 HIDDEN_KEYS = ("val_", "test_", "train_")  # of a row: numbers that stand in tables of their own
 
@@ -101,9 +102,13 @@ def find_rankings(run: Path, split: str) -> Rankings | None:
 
 
 def run_store(run: Path) -> ImageStore | None:
-    """Where the run's images are; None when they are not there any more."""
+    """Where the run's images are; None when that is not known, or they are not there any more."""
+    config = run / "config.yaml"
+    if not config.exists():
+        log.warning("warning: the report has no pictures: %s is not there; --evaluate writes it", config)
+        return None
     try:
-        return open_store(load_config(run / "config.yaml"))
+        return open_store(load_config(config))
     except ValueError as error:
         log.warning("warning: the report has no pictures: %s", error)
         return None
@@ -166,7 +171,8 @@ def by_length(rankings: Rankings) -> list[tuple[str, int, float, float]]:
         mask = rankings.img.asked & (words >= low) & (words <= high)
         if mask.any():
             itc, itm = (100 * float((order.place[mask] == 0).mean()) for order in (rankings.img.itc, rankings.img.itm))
-            rows.append((f"{low} to {high}", int(mask.sum()), itc, itm))
+            label = f"{low} to {high}" if high < 10**9 else f"more than {low - 1}"
+            rows.append((label, int(mask.sum()), itc, itm))
     return rows
 
 
@@ -235,10 +241,14 @@ def training_rows(run: Path) -> list[dict[str, Any]]:
 def draw_heat(
     run: Path, groups: list[tuple[str, list[Group]]], rankings: Rankings, thumbs: "Thumbnails", device: str
 ) -> dict[tuple[int, int], list[tuple[str, str]]]:
-    """For (image, caption) of each shown miss: its words, and a map of each as a data URI."""
+    """For (image, caption) of each shown miss: its words, and a map of each as a data URI.
+
+    ValueError without pictures, and when the folder's weights are not those that were evaluated.
+    """
     if thumbs.store is None:
         raise ValueError(f"{run}: heatmaps need the pictures: see the warning above.")
     blip, found = load(run, device), {}
+    require_evaluated(weights_sha256(blip.model), run, rankings)
     pairs = {case.pair for _, list_ in groups for group in list_ if group.title in MISSES for case in group.cases}
     progress = Progress("heatmaps", len(pairs), "pictures")
     for image, caption in sorted(pairs):
@@ -247,6 +257,17 @@ def draw_heat(
         found[image, caption] = [(word, as_data_uri(tile)) for word, tile in tiles]
         progress.add(1)
     return found
+
+
+def require_evaluated(sha256: str, run: Path, rankings: Rankings) -> None:
+    """ValueError when the rankings are of other weights; files of before may not say of which."""
+    row = rankings.row
+    if row.get("checkpoint_sha256", sha256) != sha256:
+        evaluated = row.get("checkpoint") or row.get("checkpoint_kind") or "other weights"
+        raise ValueError(
+            f"{rankings_file(run, rankings.split)}: what was evaluated is {evaluated}, but heatmaps would be of the "
+            f"weights in {run}, which are others: evaluate these again (--evaluate), or leave out --heatmaps."
+        )
 
 
 # ---- page -----------------------------------------------------------------------------------------------------------

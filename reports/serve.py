@@ -87,12 +87,13 @@ class Guard(BaseHTTPMiddleware):
         return response
 
     def refusal(self, request: Request) -> Response | None:
-        host = request.headers.get("host", "")
+        host = request.headers.get("host", "").lower()
         if host not in self.hosts:
-            return PlainTextResponse("unknown Host", 421)
+            known = ", ".join(sorted(self.hosts))
+            return PlainTextResponse(f"unknown Host: known are {known}; `--host ADDRESS` names another", 421)
         origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site", "same-origin")
         if request.method not in ("GET", "HEAD") and (
-            (origin is not None and origin != f"http://{host}") or site not in ("same-origin", "none")
+            (origin is not None and origin.lower() != f"http://{host}") or site not in ("same-origin", "none")
         ):
             return PlainTextResponse("requests of other origins are refused", 403)
         if not self.token:
@@ -188,7 +189,7 @@ class Page:
 
 
 def create_app(searcher: Searcher, hosts: frozenset[str], token: str = "") -> Starlette:
-    """The page as an ASGI application; `hosts`: what the Host header may be."""
+    """The page as an ASGI application; `hosts`: what the Host header may be, in lower case."""
     page = Page(searcher)
     routes = [
         Route("/", page.home), Route("/favicon.ico", page.icon), Route("/static/{name}", page.static),
@@ -215,14 +216,28 @@ def serve(searcher: Searcher, host: str, port: int) -> None:
 
 
 def known_hosts(host: str, port: int) -> frozenset[str]:
-    """What a browser may send as Host: names and addresses of this machine that `host` is reached by."""
+    """What a browser may send as Host, in lower case: names and addresses of this machine that `host` is reached by."""
     names = {"127.0.0.1", "localhost", "::1", host} - {"0.0.0.0", "::"}
     if host in ("0.0.0.0", "::"):
-        names.add(platform.node())
-        with suppress(OSError):
-            names |= {str(found[4][0]) for found in socket.getaddrinfo(platform.node(), None)}
-    bracketed = {f"[{name}]" if ":" in name else name for name in names}
+        names |= {platform.node(), *own_addresses()}
+    bracketed = {f"[{name}]" if ":" in name else name for name in map(str.lower, names)}
     return frozenset(f"{name}:{port}" for name in bracketed) | (bracketed if port == 80 else frozenset())
+
+
+def own_addresses() -> set[str]:
+    """Addresses of this machine: those of its name, and those that its packets to elsewhere come from."""
+    found = {source_address(socket.AF_INET, "192.0.2.1"), source_address(socket.AF_INET6, "2001:db8::1")}
+    with suppress(OSError):
+        found |= {str(entry[4][0]) for entry in socket.getaddrinfo(platform.node(), None)}
+    return found - {""}
+
+
+def source_address(family: socket.AddressFamily, other: str) -> str:
+    """The address that packets to `other` would come from, '' where no route leads there. Nothing is sent."""
+    with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((other, 9))
+        return str(probe.getsockname()[0])
+    return ""
 
 
 # ---- what comes in, and goes out ------------------------------------------------------------------------------------

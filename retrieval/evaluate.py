@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from checkpoints.load import load_pretrained
-from configs.schema import RetrievalConfig
+from configs.schema import RetrievalConfig, save_config
 from data.annotations import Annotations
 from data.loaders import eval_image_loader, worker_died
 from models.blip_retrieval import BLIP_Retrieval
@@ -30,8 +30,9 @@ def evaluate_only(
 ) -> None:
     """Load the weights, evaluate the splits, append one JSON line to `evaluate.txt` in `folder`, and keep the rankings.
 
+    A folder without `config.yaml` gets this one, from which reports know where the pictures are.
     `weights`: the checkpoint ('' = random weights) and why it is this one. Stopped with the words for the user when a
-    stop signal came; the file is then as it was.
+    stop signal came; the folder is then as it was.
     """
     log_head(model, cfg)
     (source, why), origin = weights, RANDOM
@@ -60,6 +61,8 @@ def evaluate_only(
         record(folder / "evaluate.txt", row)
         for rankings in kept:
             save_rankings(folder, rankings, row)
+        if not (folder / "config.yaml").exists():
+            save_config(cfg, folder / "config.yaml")
 
 
 def evaluate(

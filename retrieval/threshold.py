@@ -18,6 +18,7 @@ from configs.schema import load_config
 from data.annotations import NO_IMAGE, load_annotations
 from data.images import open_store
 from models.loading import Blip
+from retrieval.features import encode
 from retrieval.index import write_json
 from utils import Progress
 
@@ -38,16 +39,15 @@ def calibrate(blip: Blip, run: Path, most: int = 500) -> Calibration:
     """Calibrate on up to `most` captions of the run's validation split, evenly spread."""
     cfg = load_config(run / "config.yaml")
     table, store = load_annotations(cfg, "val", blip.model.tokenizer), open_store(cfg)
-    pictures = [store.load(name) for name in table.images]
     asked = np.flatnonzero(table.caption_image != NO_IMAGE)
     asked = asked[np.linspace(0, len(asked) - 1, min(most, len(asked))).astype(int)]
-    image_feat = blip.image_features(pictures).numpy()
+    image_feat = encode(blip, store, table.images).numpy()
     text_feat = blip.text_features([table.captions[i] for i in asked]).numpy()
     with_own, without = np.zeros(len(asked)), np.zeros(len(asked))
     progress = Progress("calibrate", len(asked), "captions")
     for number, caption in enumerate(asked):
         best = np.argsort(-(text_feat[number] @ image_feat.T), kind="stable")[:SHORTLIST]
-        match = blip.match([pictures[i] for i in best], table.captions[caption])[:, 0].numpy()
+        match = blip.match([store.load(table.images[i]) for i in best], table.captions[caption])[:, 0].numpy()
         own = table.image_ids[best] == table.caption_ids[caption]
         with_own[number], without[number] = match.max(), match[~own].max(initial=0)
         progress.add(1)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the suite is a CPU suite; benchmarks cover the GPU
@@ -32,6 +33,20 @@ def server(monkeypatch):
     monkeypatch.setattr(download, "PAUSE_SECONDS", 0)
     with serving() as server:
         yield server
+
+
+@pytest.fixture
+def phone():
+    """A page in a browser, as narrow as a phone."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    if not browser:
+        pytest.skip("needs chromium (apt-get install chromium)")
+    switches = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with playwright.sync_playwright() as play:
+        window = play.chromium.launch(executable_path=browser, args=switches)
+        yield window.new_page(viewport={"width": 360, "height": 700})
+        window.close()
 
 
 def tiny_med(**overrides) -> MedConfig:

@@ -11,10 +11,14 @@ import numpy as np
 import pytest
 
 import report
-from reports.captions import from_test
+import train_retrieval
+from checkpoints.weights import weights_sha256
+from models import load
+from reports.captions import GALLERIES, caption_table, from_test
 from retrieval import captions
 from retrieval.captions import MEASURES, SPICE_JARS, caption_scores, clean, score
 from retrieval.rankings import keep
+from tests.test_pictures import save_run_folder
 from tests.test_rankings import random_ranking
 from tests.test_train import ROOT, lines, run
 
@@ -118,6 +122,21 @@ def test_the_first_text_of_the_ranking_is_the_caption():
     for number, image in enumerate(np.flatnonzero(kept.txt.asked)):
         assert found.candidates[number] == table.captions[kept.txt.itm.best[image, 0]]
         assert found.hit[number] == (found.candidates[number] in found.references[number])
+
+
+def test_a_measurement_names_the_weights_that_chose_the_texts(tiny_run, monkeypatch):
+    """Those of the kept rankings for texts of the test split, those of the folder for texts of the training set."""
+    folder = save_run_folder(tiny_run)
+    args = ["--config", str(tiny_run / "config.yaml"), "--output_dir", str(folder), "--device", "cpu"]
+    assert train_retrieval.main([*args, "--evaluate", "--random_weights"]) == 0
+    monkeypatch.setattr("reports.captions.require_java", lambda spice: None)
+    monkeypatch.setattr("reports.captions.caption_scores", lambda *_, spice: dict.fromkeys(MEASURES, 1.0))
+    for gallery in GALLERIES:
+        caption_table(folder, gallery)
+    (evaluated,) = lines(folder / "evaluate.txt")
+    named = {row["gallery"]: row["checkpoint_sha256"] for row in lines(folder / "captions.txt")}
+    assert named == {"test": evaluated["checkpoint_sha256"], "train": weights_sha256(load(folder).model)}
+    assert named["test"] != named["train"]
 
 
 @needs_java

@@ -92,6 +92,19 @@ def test_saved_config_loads_back_equal(path, tmp_path):
     assert load_config(tmp_path / "config.yaml") == resolve(unresolved, 1)
 
 
+def test_a_config_that_cannot_be_written_leaves_the_former_one(tmp_path, monkeypatch):
+    def full(self, values, file):
+        file.write("dataset: co")
+        raise OSError(28, "No space left on device")
+
+    save_config(coco(), tmp_path / "config.yaml")
+    monkeypatch.setattr("configs.schema.YAML.dump", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_config(coco(k_test=3), tmp_path / "config.yaml")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert load_config(tmp_path / "config.yaml") == resolve(coco(), 1)
+
+
 # --- overrides
 
 

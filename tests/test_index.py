@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+import weakref
 import zipfile
 from pathlib import Path
 
@@ -16,15 +17,19 @@ from PIL import Image
 
 import search as program
 from benchmarks import bench_search
+from configs.schema import load_config
+from data.annotations import load_annotations
+from data.images import ImageStore, open_store
 from models import load
+from retrieval import features, indexing, threshold
 from retrieval import index as index_module
-from retrieval import indexing
 from retrieval import search as search_module
 from retrieval.index import Head, IndexFolder
 from retrieval.indexing import update_index
 from retrieval.search import LocalStore, Searcher, TokenCache
-from retrieval.threshold import best_threshold, kept_threshold
+from retrieval.threshold import best_threshold, calibrate, kept_threshold
 from tests.conftest import make_tiny_run, tiny_med, tiny_model
+from tests.test_pictures import save_run_folder
 from tests.test_train import ROOT, run
 
 
@@ -385,6 +390,34 @@ def test_the_best_threshold_tells_the_cases_apart():
     found = best_threshold(with_own, without)
     both = [np.mean(with_own >= t) + np.mean(without < t) for t in np.concatenate([with_own, without])]
     assert found.found + found.nothing == pytest.approx(max(both))
+
+
+def test_calibration_holds_few_pictures_and_finds_what_all_at_once_give(tiny_run, monkeypatch):
+    folder = save_run_folder(tiny_run)
+    blip, cfg = load(folder), load_config(folder / "config.yaml")
+    table, store = load_annotations(cfg, "val", blip.model.tokenizer), open_store(cfg)
+    pictures = [store.load(name) for name in table.images]
+    cosine, match = blip.similarity(pictures, table.captions).numpy(), blip.match(pictures, table.captions).numpy()
+    with_own, without = [], []
+    for caption, own in enumerate(table.caption_image):
+        best = np.argsort(-cosine[:, caption])[:2]
+        with_own.append(match[best, caption].max())
+        without.append(match[best[best != own], caption].max(initial=0))
+
+    loaded, held, original = [], [], ImageStore.load
+
+    def counting(self, name):
+        image = original(self, name)
+        loaded.append(weakref.ref(image))
+        held.append(sum(picture() is not None for picture in loaded))
+        return image
+
+    monkeypatch.setattr(features, "CHUNK", 2)
+    monkeypatch.setattr(threshold, "SHORTLIST", 2)
+    monkeypatch.setattr(ImageStore, "load", counting)
+    expected = best_threshold(np.array(with_own), np.array(without))
+    assert calibrate(blip, folder) == pytest.approx(tuple(expected), rel=1e-5)
+    assert len(pictures) == 4 and max(held) == 2
 
 
 # ---- program --------------------------------------------------------------------------------------------------------

@@ -189,7 +189,7 @@ def test_evaluate_opens_with_the_same_head_and_writes_no_console_file(tiny_run, 
     assert run(tiny_run, "--evaluate", "--random_weights") == 0
     assert f"code {utils.code_version()}; Python " in capsys.readouterr().err
     names = sorted(path.name for path in (tiny_run / "out").iterdir())
-    assert names == ["evaluate.txt", "ranking_test.npz", "ranking_val.npz"]
+    assert names == ["config.yaml", "evaluate.txt", "ranking_test.npz", "ranking_val.npz"]
 
 
 # ---------------------------------------------------------------- time

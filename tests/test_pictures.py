@@ -15,6 +15,7 @@ from data.images import open_store
 from models.blip_retrieval import build_model
 from reports import pictures
 from reports.pictures import Answer, draw, draw_captions, main
+from retrieval import features
 from retrieval.rerank import score_matrices
 from transform.image import eval_transform
 
@@ -74,7 +75,7 @@ def test_the_same_run_gives_the_same_bytes_and_another_seed_others(tiny_run, tmp
 def test_chunks_change_nothing(tiny_run, tmp_path, monkeypatch):
     run = save_run_folder(tiny_run)
     main([str(run), str(tmp_path / "a")])
-    monkeypatch.setattr(pictures, "CHUNK", 3)
+    monkeypatch.setattr(features, "CHUNK", 3)
     main([str(run), str(tmp_path / "b")])
     sheets = [Image.open(tmp_path / folder / "mine.png") for folder in "ab"]
     assert ImageChops.difference(*sheets).getbbox() is None

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import report
+import train_retrieval
 from data.annotations import Annotations
 from reports.cases import choose_groups, compare, false_negatives, outcomes
-from reports.report import MOST_BYTES
+from reports.report import MOST_BYTES, by_length
 from retrieval.rankings import keep, load_rankings, rankings_file, save_rankings
 from retrieval.rerank import Ranking, Shortlists
 from tests.conftest import WORDS, make_tiny_run
@@ -74,7 +76,7 @@ def test_a_part_of_a_run_gives_a_part_of_the_page(finished, tmp_path, kept):
     assert ('class="gone"' in page) == ("config.yaml" not in kept)  # without a config, names stand for pictures
 
 
-def test_heatmaps_of_the_misses_that_are_shown(finished, tmp_path, capsys):
+def test_heatmaps_of_the_misses_that_are_shown(finished, tmp_path, capsys, caplog):
     plain = page_of(finished, tmp_path)
     page = page_of(finished, tmp_path, "--heatmaps", "--cases", "2")
     maps = re.findall(r'<figure><img src="data:image/jpeg;base64,[^"]+" alt="map of ([^"]+)"', page)
@@ -84,6 +86,34 @@ def test_heatmaps_of_the_misses_that_are_shown(finished, tmp_path, capsys):
         shutil.copy(path, tmp_path / "moved")
     assert report.main([str(tmp_path / "moved"), "--heatmaps"]) == 2
     assert "heatmaps need the pictures" in capsys.readouterr().err
+    assert "config.yaml is not there" in caplog.text and "--config" not in caplog.text  # which report.py has not
+
+
+def evaluated(folder: Path, config: Path, checkpoint: Path) -> None:
+    args = ["--config", str(config), "--output_dir", str(folder), "--device", "cpu", "--evaluate"]
+    assert train_retrieval.main([*args, "--checkpoint", str(checkpoint)]) == 0
+
+
+def test_the_folder_of_an_evaluation_has_pictures(finished, tmp_path):
+    evaluated(tmp_path / "mine", finished.parent / "config.yaml", finished / "checkpoint_best.pth")
+    page = page_of(tmp_path / "mine", tmp_path)
+    assert page.count('<image id="p') == 4 and 'class="gone"' not in page
+
+
+def test_heatmaps_of_other_weights_than_those_evaluated_are_refused(finished, tmp_path, capsys):
+    folder, other = tmp_path / "run", tmp_path / "other.pth"
+    shutil.copytree(finished, folder)
+    file = torch.load(finished / "checkpoint_best.pth", weights_only=True)
+    file["model"]["vision_proj.bias"] += 1
+    torch.save(file, other)
+    evaluated(folder, folder / "config.yaml", other)
+    assert report.main([str(folder), "--heatmaps"]) == 2
+    err = capsys.readouterr().err
+    assert f"ranking_test.npz: what was evaluated is {other}" in err and "leave out --heatmaps" in err
+    assert not (folder / "report.html").exists() and "map of" not in page_of(folder, tmp_path)
+    kept = load_rankings(rankings_file(folder, "test"))
+    save_rankings(folder, kept, {key: value for key, value in kept.row.items() if key != "checkpoint_sha256"})
+    assert "map of" in page_of(folder, tmp_path, "--heatmaps", "--cases", "1")  # a file of before says nothing
 
 
 def test_a_run_against_itself_shows_no_difference(finished, tmp_path):
@@ -131,6 +161,16 @@ def test_every_query_has_one_outcome_and_groups_hold_what_they_say(way):
     masks = compare(kept, kept, way)
     assert masks["won"].sum() == masks["lost"].sum() == 0
     assert (masks["both"] | masks["neither"]).sum() == kept.direction(way).asked.sum()
+
+
+def test_captions_of_any_length_are_counted():
+    ranking, table = random_ranking(7)
+    table.captions[0] = "word " * 40
+    table.captions[1] = "word " * 30
+    kept = keep(ranking, table, "test")
+    rows = by_length(kept)
+    assert [row[:2] for row in rows[1:]] == [("16 to 30", 1), ("more than 30", 1)]
+    assert sum(row[1] for row in rows) == kept.img.asked.sum()
 
 
 def test_equal_words_on_another_image_are_false_negatives():
@@ -193,6 +233,16 @@ def test_markup_in_a_caption_is_inert_in_a_browser(finished, tmp_path):
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     title = unescape(re.search(r"<title>(.*?)</title>", shown)[1])
     assert title == "out: report" and "onerror" in unescape(shown) and "<img" not in shown
+
+
+def test_long_names_of_runs_stay_within_a_narrow_window(finished, tmp_path, phone):
+    folder = tmp_path / ("long" * 30)
+    shutil.copytree(finished, folder)
+    page_of(folder, tmp_path, "--against", str(folder))
+    phone.goto((tmp_path / "r.html").as_uri())
+    titles = "[...document.querySelectorAll('h1, h2')]"
+    assert phone.evaluate(f"{titles}.filter(title => title.innerText.includes('longlong')).length") == 2
+    assert phone.evaluate(f"{titles}.every(title => title.scrollWidth <= title.clientWidth)")
 
 
 def test_rankings_of_the_run_are_what_the_page_reads(finished):

@@ -4,7 +4,6 @@ import io
 import json
 import platform
 import re
-import shutil
 import socket
 import threading
 import time
@@ -28,6 +27,7 @@ from tests.test_index import new_index, picture, some_pictures
 
 TestClient = pytest.importorskip("starlette.testclient", reason="pip install -r requirements-search.txt").TestClient
 HOST = "127.0.0.1:8000"
+LONG = "long" * 30
 EVIL = "<img src=x onerror=document.title='hacked'><script>document.title='hacked'<"
 
 
@@ -37,7 +37,7 @@ def searcher(tmp_path_factory) -> Searcher:
     torch.manual_seed(3)
     torch.save({"model": tiny_model(med_config=tiny_med(), image_size=32).state_dict()}, folder / "w.pth")
     root = some_pictures(folder / "pictures", 7)
-    picture(50).save(root / f"{EVIL} .png")
+    picture(50).save(root / f"{EVIL} {LONG}.png")
     blip = load(folder / "w.pth")
     index = new_index(folder / "index", root)
     index.head.checkpoint = str(folder / "w.pth")
@@ -149,7 +149,21 @@ def test_hosts_that_a_browser_sends():
     assert "localhost" in serve.known_hosts("127.0.0.1", 80) and "localhost" not in serve.known_hosts("127.0.0.1", 81)
     assert "[fe80::2]:8000" in serve.known_hosts("fe80::2", 8000)
     everywhere = serve.known_hosts("0.0.0.0", 8000)
-    assert f"{platform.node()}:8000" in everywhere and "0.0.0.0:8000" not in everywhere
+    assert f"{platform.node().lower()}:8000" in everywhere and "0.0.0.0:8000" not in everywhere
+
+
+def test_a_machine_is_reached_by_its_name_in_any_case_and_by_its_addresses(searcher, monkeypatch):
+    assert serve.source_address(socket.AF_INET, "127.0.0.1") == "127.0.0.1"
+    monkeypatch.setattr(platform, "node", lambda: "MyBox")
+    monkeypatch.setattr(serve, "own_addresses", lambda: {"192.168.1.5", "fd00::5"})
+    hosts = serve.known_hosts("0.0.0.0", 8000)
+    assert hosts - serve.known_hosts("127.0.0.1", 8000) == {"mybox:8000", "192.168.1.5:8000", "[fd00::5]:8000"}
+    client = TestClient(create_app(searcher, hosts), base_url="http://mybox:8000")
+    for host in ("mybox:8000", "MyBox:8000"):  # browsers send the first
+        own = {"host": host, "origin": f"http://{host}"}
+        assert client.post("/search", json={"text": "a dog"}, headers=own).status_code == 200
+    refused = client.get("/", headers={"host": "other:8000"})
+    assert refused.status_code == 421 and "mybox:8000" in refused.text and "--host ADDRESS" in refused.text
 
 
 def test_another_host_needs_the_token(searcher):
@@ -196,12 +210,9 @@ def test_the_page_of_hits_is_whole_and_inert(searcher, tmp_path):
     assert page.count("data:image/jpeg") == 8 + 4 and not re.search(r'(?:src|href)="(?!data:)', page)
 
 
-def test_in_a_browser(searcher, tmp_path):
-    """Typed, answered, enlarged with a heatmap; markup in names and queries stays text; nothing else is asked for."""
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    if not browser:
-        pytest.skip("needs chromium (apt-get install chromium)")
+@pytest.fixture
+def address(searcher):
+    """The page, served to a browser."""
     import uvicorn
 
     with socket.socket() as free:
@@ -211,38 +222,80 @@ def test_in_a_browser(searcher, tmp_path):
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    switches = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-    try:
-        with playwright.sync_playwright() as play:
-            window = play.chromium.launch(executable_path=browser, args=switches)
-            page = window.new_page(viewport={"width": 360, "height": 700})
-            asked, said = [], []
-            page.on("request", lambda request: asked.append(request.url))
-            page.on("console", lambda message: said.append(message.text))
-            for _ in range(50):
-                if server.started:
-                    break
-                time.sleep(0.1)
-            page.goto(f"http://127.0.0.1:{port}/")
-            page.keyboard.type(f"a red dog {EVIL}")
-            page.keyboard.press("Enter")
-            done = re.compile("re-ranked by matching|nothing matches")
-            playwright.expect(page.locator("#status")).to_have_text(done, timeout=30000)
-            assert page.locator("#hits li").count() == 8 and "P(match)" in page.inner_text("#hits li")
-            assert EVIL in page.inner_text("#hits") and page.title() == "Picture search"
-            page.locator("#hits button").first.press("Enter")
-            page.click("#heat")
-            playwright.expect(page.locator("#map")).to_be_visible(timeout=30000)
-            page.keyboard.press("Escape")
-            page.set_input_files("#file", files=[{"name": "q.png", "mimeType": "image/png", "buffer": png(seed=2)}])
-            playwright.expect(page.locator("#status")).to_have_text("pictures like it, by contrast", timeout=30000)
-            assert "2.png" in page.locator("#hits li").first.inner_text()
-            assert page.evaluate("document.documentElement.scrollWidth") <= 360
-            assert all(url.startswith((f"http://127.0.0.1:{port}/", "blob:")) for url in asked) and said == []
-            window.close()
-    finally:
-        server.should_exit = True
-        thread.join(10)
+    for _ in range(50):
+        if server.started:
+            break
+        time.sleep(0.1)
+    yield f"http://127.0.0.1:{port}/"
+    server.should_exit = True
+    thread.join(10)
+
+
+def search_for(page, words: str) -> None:
+    """Type a query into the page as it opens, and wait for the re-ranked hits."""
+    from playwright.sync_api import expect
+
+    page.keyboard.type(words)
+    page.keyboard.press("Enter")
+    expect(page.locator("#status")).to_have_text(re.compile("re-ranked by matching|nothing matches"), timeout=30000)
+
+
+def test_in_a_browser(phone, address):
+    """Typed, answered, enlarged with a heatmap; markup in names and queries stays text; nothing else is asked for."""
+    from playwright.sync_api import expect
+
+    asked, said = [], []
+    phone.on("request", lambda request: asked.append(request.url))
+    phone.on("console", lambda message: said.append(message.text))
+    phone.goto(address)
+    search_for(phone, f"a red dog {EVIL}")
+    assert phone.locator("#hits li").count() == 8 and "P(match)" in phone.inner_text("#hits li")
+    assert EVIL in phone.inner_text("#hits") and phone.title() == "Picture search"
+    phone.locator("#hits button").first.press("Enter")
+    phone.click("#heat")
+    expect(phone.locator("#map")).to_be_visible(timeout=30000)
+    phone.keyboard.press("Escape")
+    phone.set_input_files("#file", files=[{"name": "q.png", "mimeType": "image/png", "buffer": png(seed=2)}])
+    expect(phone.locator("#status")).to_have_text("pictures like it, by contrast", timeout=30000)
+    assert "2.png" in phone.locator("#hits li").first.inner_text()
+    assert phone.evaluate("document.documentElement.scrollWidth") <= 360
+    assert all(url.startswith((address, "blob:")) for url in asked) and said == []
+
+
+def test_a_map_is_of_the_hit_that_is_open(phone, address):
+    """One that comes late is left; it is asked for with the words that found the hit; a refusal is seen."""
+    from playwright.sync_api import expect
+
+    phone.goto(address)
+    search_for(phone, "a red dog")
+    phone.route("**/search", lambda route: None)  # the next query gets no answer
+    phone.fill("#text", "a blue cat")
+    phone.press("#text", "Enter")
+    held = []
+    phone.route("**/heatmap", lambda route: held.append(route))
+    for number in (0, 1):
+        phone.locator("#hits button").nth(number).click()
+        with phone.expect_request("**/heatmap") as request:
+            phone.click("#heat")
+        assert request.value.post_data_json["text"] == "a red dog"
+        if number == 0:
+            phone.keyboard.press("Escape")
+    with phone.expect_response("**/heatmap"):
+        held[0].fulfill(body=png(), content_type="image/png")
+    phone.wait_for_timeout(300)
+    assert not phone.locator("#map").is_visible()
+    held[1].fulfill(status=400, json={"error": "has no words"})
+    expect(phone.locator("dialog #trouble")).to_have_text("has no words")
+    expect(phone.locator("dialog #trouble")).to_be_visible()
+
+
+def test_long_names_and_queries_stay_within_a_narrow_window(phone, address, searcher, tmp_path):
+    phone.goto(address)
+    search_for(phone, "a red dog")
+    phone.locator("#hits button", has_text=LONG).click()
+    assert phone.evaluate("document.getElementById('name').scrollWidth <= document.getElementById('name').clientWidth")
+    phone.goto(write_page(searcher, searcher.texts([LONG], 2, 0), tmp_path / "h.html").as_uri())
+    assert phone.evaluate("document.documentElement.scrollWidth") <= 360
 
 
 def test_the_index_of_the_fixture_is_open(searcher):

@@ -110,6 +110,17 @@ def test_evaluate_writes_its_result_and_nothing_else(tiny_run):
     assert {key: result[key] for key in trained.keys() - other} == {key: trained[key] for key in trained.keys() - other}
 
 
+def test_the_first_evaluation_of_a_folder_writes_its_config(tiny_run):
+    """It names the folder from then on, later evaluations leave it, and a training run writes its own."""
+    config = tiny_run / "out" / "config.yaml"
+    for k_test in (3, 4):
+        assert run(tiny_run, "--evaluate", "--random_weights", "--set", f"k_test={k_test}") == 0
+        assert load_config(config).k_test == 3
+    assert train_retrieval.parse_args(["--config", str(config)]).output_dir == tiny_run / "out"
+    assert run(tiny_run, "--set", "max_epoch=1") == 0
+    assert (load_config(config).k_test, load_config(config).max_epoch) == (64, 1)
+
+
 def test_evaluate_loads_finetuned_before_pretrained(tiny_run, monkeypatch):
     loaded = []
     monkeypatch.setattr(

@@ -2,7 +2,7 @@
 // The page of an index: contrast at once, then matching's order in its place. All texts go in as text, never as markup.
 const byId = (id) => document.getElementById(id);
 let query = 0; // number of the last query: answers of earlier ones are left
-let text = ""; // of the last query, for heatmaps
+let opened = 0; // number of the last hit that was enlarged: maps of earlier ones are left
 
 async function post(address, body, type) {
   const answer = await fetch(address, { method: "POST", body, headers: { "Content-Type": type } });
@@ -15,11 +15,12 @@ async function post(address, body, type) {
 
 const say = (words) => { byId("status").textContent = words; };
 
-function show(hits) {
+// `words`: what the hits were found by, for heatmaps; "" when that is a picture.
+function show(hits, words) {
   const list = byId("hits");
   list.replaceChildren(...hits.map((hit) => {
     const item = document.createElement("li"), button = document.createElement("button");
-    const image = document.createElement("img"), words = document.createElement("span");
+    const image = document.createElement("img"), label = document.createElement("span");
     image.src = `/picture/${hit.number}/small`;
     image.alt = hit.path;
     image.loading = "lazy";
@@ -28,40 +29,44 @@ function show(hits) {
       const moved = hit.rank_itc - hit.rank;
       line += `, P(match) ${hit.match.toFixed(3)}, ${moved > 0 ? `up ${moved}` : moved < 0 ? `down ${-moved}` : "same place"}`;
     }
-    words.textContent = `${line}\n${hit.path}`;
+    label.textContent = `${line}\n${hit.path}`;
     button.type = "button";
-    button.append(image, words);
-    button.addEventListener("click", () => enlarge(hit));
+    button.append(image, label);
+    button.addEventListener("click", () => enlarge(hit, words));
     item.append(button);
     return item;
   }));
 }
 
-function enlarge(hit) {
+function enlarge(hit, words) {
+  const mine = ++opened;
   byId("picture").src = `/picture/${hit.number}/large`;
   byId("picture").alt = hit.path;
   byId("name").textContent = hit.path;
   byId("map").hidden = true;
-  byId("heat").hidden = text === "";
+  byId("trouble").textContent = "";
+  byId("heat").hidden = words === "";
   byId("heat").onclick = async () => {
+    byId("trouble").textContent = "";
     try {
-      const answer = await post("/heatmap", JSON.stringify({ number: hit.number, text }), "application/json");
-      byId("map").src = URL.createObjectURL(await answer.blob());
-      byId("map").alt = `where matching looks for each word of: ${text}`;
+      const answer = await post("/heatmap", JSON.stringify({ number: hit.number, text: words }), "application/json");
+      const map = await answer.blob();
+      if (mine !== opened) return;
+      byId("map").src = URL.createObjectURL(map);
+      byId("map").alt = `where matching looks for each word of: ${words}`;
       byId("map").hidden = false;
-    } catch (error) { say(error.message); }
+    } catch (error) { if (mine === opened) byId("trouble").textContent = error.message; }
   };
   byId("large").showModal();
 }
 
 async function search(words) {
   const mine = ++query;
-  text = words;
   say("searching …");
   try {
     const first = await (await post("/search", JSON.stringify({ text: words }), "application/json")).json();
     if (mine !== query) return;
-    show(first.contrast);
+    show(first.contrast, words);
     say("by contrast; matching is putting them into order …");
     const second = await (await post("/search", JSON.stringify({ text: words, rerank: true }), "application/json")).json();
     if (mine !== query) return;
@@ -69,19 +74,18 @@ async function search(words) {
       say(first.contrast.length ? "by contrast alone: these pictures cannot be read any more; update the index" : "the index is empty");
       return;
     }
-    show(second.reranked);
+    show(second.reranked, words);
     say(second.matches ? "re-ranked by matching" : `nothing matches: every P(match) is below ${second.threshold.toFixed(3)}`);
   } catch (error) { if (mine === query) say(error.message); }
 }
 
 async function similar(file) {
   const mine = ++query;
-  text = "";
   say("searching …");
   try {
     const found = await (await post("/similar", file, "application/octet-stream")).json();
     if (mine !== query) return;
-    show(found.contrast);
+    show(found.contrast, "");
     say("pictures like it, by contrast");
   } catch (error) { if (mine === query) say(error.message); }
 }
