@@ -89,8 +89,7 @@ class Guard(BaseHTTPMiddleware):
     def refusal(self, request: Request) -> Response | None:
         host = request.headers.get("host", "").lower()
         if host not in self.hosts:
-            known = ", ".join(sorted(self.hosts))
-            return PlainTextResponse(f"unknown Host: known are {known}; `--host ADDRESS` names another", 421)
+            return PlainTextResponse("unknown Host: open an address that search.py printed, or start it with --host", 421)
         origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site", "same-origin")
         if request.method not in ("GET", "HEAD") and (
             (origin is not None and origin.lower() != f"http://{host}") or site not in ("same-origin", "none")
@@ -210,8 +209,11 @@ def serve(searcher: Searcher, host: str, port: int) -> None:
     local = host in ("127.0.0.1", "localhost", "::1")
     token = "" if local else secrets.token_urlsafe(24)
     shown = platform.node() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    hosts = known_hosts(host, port)
     print(f"http://{shown}:{port}/{f'?token={token}' if token else ''}", flush=True)
-    app = create_app(searcher, known_hosts(host, port), token)
+    if host in ("0.0.0.0", "::"):
+        print(f"in place of {shown}:{port}, these work too: {', '.join(sorted(hosts))}", flush=True)
+    app = create_app(searcher, hosts, token)
     uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False)
 
 
