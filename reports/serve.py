@@ -89,7 +89,7 @@ class Guard(BaseHTTPMiddleware):
     def refusal(self, request: Request) -> Response | None:
         host = request.headers.get("host", "").lower()
         if host not in self.hosts:
-            return PlainTextResponse("unknown Host: open an address that search.py printed, or start it with --host", 421)
+            return PlainTextResponse("unknown Host: open an address that search.py printed, or start with --host", 421)
         origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site", "same-origin")
         if request.method not in ("GET", "HEAD") and (
             (origin is not None and origin.lower() != f"http://{host}") or site not in ("same-origin", "none")

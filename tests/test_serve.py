@@ -164,7 +164,7 @@ def test_a_machine_is_reached_by_its_name_in_any_case_and_by_its_addresses(searc
         assert client.post("/search", json={"text": "a dog"}, headers=own).status_code == 200
     refused = client.get("/", headers={"host": "other:8000"})
     assert refused.status_code == 421 and "mybox" not in refused.text  # nobody has shown a token yet
-    assert "an address that search.py printed, or start it with --host" in refused.text
+    assert "an address that search.py printed, or start with --host" in refused.text
 
 
 def test_another_host_needs_the_token(searcher):
