@@ -209,10 +209,10 @@ def query_command(args: argparse.Namespace) -> int:
 def rank_texts(searcher: "Searcher", args: argparse.Namespace) -> list[str]:
     """Lines: the texts of a file that fit a picture best, by P(match) of the nearest by contrast."""
     texts = read_lines(args.texts)
-    blip = searcher.blip
-    cosine = blip.similarity(args.image, texts)[0]
+    blip, picture = searcher.blip, searcher.load(args.image)
+    cosine = blip.similarity(picture, texts)[0]
     near = cosine.topk(min(len(texts), max(args.top, args.rerank))).indices.tolist()
-    match, score = (f(args.image, [texts[i] for i in near])[0] for f in (blip.match, blip.score))
+    match, score = (f(picture, [texts[i] for i in near])[0] for f in (blip.match, blip.score))
     order = sorted(range(len(near)), key=lambda j: -float(score[j]))[: args.top]
     return [f"{rank:4}  cosine {cosine[near[j]]:.3f}  P(match) {match[j]:.3f}  {texts[near[j]]}"
             for rank, j in enumerate(order, 1)]  # fmt: skip

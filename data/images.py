@@ -84,10 +84,7 @@ class ImageStore:
                 if limit and image.width * image.height > limit:
                     raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, {limit} at most")
                 lost = "depth" if image.mode.startswith("I") else "alpha" if image.has_transparency_data else ""
-                rgb = to_rgb(image, self.rule)
-                if self.upright:
-                    rgb.getexif()[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
-                    rgb = ImageOps.exif_transpose(rgb)
+                rgb = self.as_rgb(image)
                 return rgb, "" if lost == "alpha" and self.rule.flatten_alpha else lost
         except (KeyError, FileNotFoundError):
             raise ValueError(f"image {name} is missing from image_root {self.root}") from None
@@ -110,6 +107,14 @@ class ImageStore:
                 f"image {name} in {self.root} cannot be read ({reason}): "
                 "replace the file, or remove its rows from the annotations"
             ) from error
+
+    def as_rgb(self, image: Image.Image) -> Image.Image:
+        """An open file's picture, not decoded yet, as those of this store become RGB: by its rule, and upright."""
+        rgb = to_rgb(image, self.rule)
+        if not self.upright:
+            return rgb
+        rgb.getexif()[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
+        return ImageOps.exif_transpose(rgb)
 
     def open_file(self, name: str) -> IO[bytes]:
         """The file called `name`, as it is; KeyError, OSError or ShardError when it cannot be opened."""

@@ -3,10 +3,12 @@
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +181,26 @@ def test_odd_names_and_orientation(tmp_path, blip):
     hits = searcher.image(picture(99).transpose(Image.Transpose.ROTATE_270), 1)
     assert hits[0].path == "turned.png" and hits[0].cosine == pytest.approx(1, abs=1e-4)
     assert os.fsencode(searcher.image(picture(3), 1)[0].path) == NAMES[3]
+
+
+def test_the_picture_of_a_query_is_opened_as_those_of_the_index(tmp_path, blip):
+    root, exif = some_pictures(tmp_path / "pictures", 3), Image.Exif()
+    exif[0x0112] = 6
+    picture(99).save(root / "turned.png", exif=exif)
+    index = new_index(tmp_path / "index", root)
+    update_index(index, blip)
+    searcher = Searcher(index, blip)
+    (hit,) = searcher.image(root / "turned.png", 1)
+    assert hit.path == "turned.png" and hit.cosine == pytest.approx(1, abs=1e-4)
+    texts = ["a dog", "a cat on a table"]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    lines = program.rank_texts(searcher, Namespace(image=root / "turned.png", texts=tmp_path / "texts.txt",
+                                                   top=2, rerank=2))  # fmt: skip
+    expected = blip.similarity(searcher.store.load("turned.png"), texts)[0].tolist()
+    cosines = [float(found[1]) for line in lines if (found := re.search(r"cosine (-?[.0-9]+)", line))]
+    assert sorted(cosines) == pytest.approx(sorted(expected), abs=6e-4)
+    with pytest.raises(ValueError, match="w.pth cannot be read"):
+        searcher.image(tmp_path / "w.pth", 1)
 
 
 def test_an_archive_equals_a_folder(tmp_path, blip):
