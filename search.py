@@ -158,15 +158,17 @@ def open_index(args: argparse.Namespace) -> "tuple[IndexFolder, Blip, str]":
 
 
 def bring_up_to_date(index: "IndexFolder", blip: "Blip", sha256: str, source: str, verify: bool = False) -> None:
-    from retrieval.indexing import update_index, weights_match
+    from retrieval.indexing import only_writer, update_index, weights_match
     from retrieval.stores import synchronise
     from utils import StopSignal, is_main
 
     weights_match(index, sha256, source)
-    with StopSignal() as stop:
-        update_index(index, blip, verify, stop.poll)
+    with only_writer(index):
+        with StopSignal() as stop:
+            update_index(index, blip, verify, stop.poll)
+        if is_main():
+            synchronise(index)
     if is_main():
-        synchronise(index)
         print("\n".join(describe(index)))
 
 
@@ -256,7 +258,8 @@ def status_command(args: argparse.Namespace) -> None:
     print("\n".join(describe(index)))
     if waiting:
         print(
-            f"{waiting} pictures of a run that is going on, or was interrupted, are not in it yet: update takes them in"
+            f"{waiting} pictures of a run that is going on, or was interrupted, are not in it yet: wait for it, or run "
+            "update if it was interrupted"
         )
 
 

@@ -5,6 +5,7 @@ A folder:  index.json       format, weights, root, sizes, EXIF rule, threshold
            part_*.bf16      image tokens of the same rows (n, T, V), if they are kept
            part_*.jsonl     what a process has done and the manifest does not know yet
            manifest.sqlite  one row a picture: path, size, mtime_ns, digest, part and row of its vector, or error
+           writing.lock     held by the launch that writes the index, one at a time
 
 Vectors are on the disk before their line of the journal, and that before its row of the manifest. So a process that is
 killed anywhere leaves at most vectors that nobody names. Several processes each write a part and its journal; the first
@@ -28,7 +29,7 @@ from torch import Tensor
 
 FORMAT = 1
 DEFAULT_THRESHOLD = 0.5  # P(match) below which nothing matches, where none was calibrated
-HEAD, MANIFEST = "index.json", "manifest.sqlite"
+HEAD, MANIFEST, LOCK = "index.json", "manifest.sqlite", "writing.lock"
 SCHEMA = """CREATE TABLE IF NOT EXISTS images (id INTEGER PRIMARY KEY, path BLOB UNIQUE NOT NULL, size INTEGER NOT NULL,
  mtime_ns INTEGER NOT NULL, digest BLOB NOT NULL, part TEXT, row INTEGER, error TEXT)"""
 

@@ -12,15 +12,17 @@ import stat
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from data.findings import cores
 from data.images import ImageStore
 from models.loading import Blip
-from retrieval.index import Entry, IndexFolder, PartWriter
+from retrieval.index import LOCK, Entry, IndexFolder, PartWriter
 from utils import Progress, barrier, from_main, get_rank, get_world_size, is_main, never_stop
 
 log = logging.getLogger("blip")
@@ -46,10 +48,32 @@ class Plan:
         )
 
 
+@contextmanager
+def only_writer(index: IndexFolder) -> Iterator[None]:
+    """Write an index as the only launch that does, of however many processes; ValueError while another one does.
+
+    The first process holds the lock, which ends with it, also when it is killed.
+    """
+    lock, problem = FileLock(index.folder / LOCK), ""
+    if is_main():
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            problem = f"{index.folder}: another process is writing this index: wait for it to end."
+    (problem,) = from_main([problem])
+    if problem:
+        raise ValueError(problem)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def update_index(index: IndexFolder, blip: Blip, verify: bool = False, poll: Callable[[], None] = never_stop) -> Plan:
     """Make the index that of its root as it is now; every process of a launch calls it. ValueError for no pictures.
 
-    `verify`: compare digests of all files, not only of those whose size or time has changed.
+    `verify`: compare digests of all files, not only of those whose size or time has changed. It takes over what others
+    have written, so no other launch may be writing: see `only_writer`.
     """
     if is_main() and (count := index.merge_journals()):
         log.info("%d pictures that an earlier, interrupted run had done", count)

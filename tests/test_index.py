@@ -454,7 +454,41 @@ def test_status_tells_of_an_interrupted_run(indexed, tmp_path, capsys):
     writer.note([index_module.Entry(b"x.png", 1, 1, b"d", error="broken")])
     writer.close()
     assert program.main(["status", str(tmp_path / "index")]) == 0
-    assert "1 pictures of a run that is going on, or was interrupted" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1 pictures of a run that is going on, or was interrupted" in printed and "wait for it, or run" in printed
+
+
+HOLD = "import sys, time, filelock as f; k = f.FileLock(sys.argv[1]); k.acquire(); print(1, flush=True); time.sleep(99)"
+
+
+def test_a_second_writer_is_refused_and_a_killed_one_leaves_no_lock(indexed, tmp_path, capsys):
+    folder = tmp_path / "index"
+    shutil.copytree(indexed / "index", folder)
+    writer = index_module.PartWriter(folder)  # of the command that holds the lock
+    writer.note([index_module.Entry(b"x.png", 1, 1, b"d", error="broken")])
+    command, args = [sys.executable, "-c", HOLD, str(folder / index_module.LOCK)], ["update", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None and holder.stdout.readline() == "1\n"
+            assert program.main(args) == 2
+            assert f"{folder}: another process is writing this index: wait" in capsys.readouterr().err
+            assert list(folder.glob("part_*.jsonl")) and b"x.png" not in IndexFolder(folder).entries()
+        finally:
+            holder.kill()
+    writer.close()
+    assert program.main(args) == 0 and "8 pictures of" in capsys.readouterr().out
+    assert not list(folder.glob("part_*.jsonl"))
+
+
+def test_every_process_of_a_launch_learns_that_another_one_writes(tmp_path, monkeypatch):
+    index = new_index(tmp_path / "index", tmp_path)
+    monkeypatch.setattr(indexing, "is_main", lambda: False)
+    with indexing.only_writer(index):
+        pass
+    assert not (tmp_path / "index" / index_module.LOCK).exists()  # the first process alone takes it
+    monkeypatch.setattr(indexing, "from_main", lambda value: ["another process is writing"])
+    with pytest.raises(ValueError, match="another process is writing"), indexing.only_writer(index):
+        pass
 
 
 def test_other_weights_and_roots_are_refused(indexed, tmp_path, capsys):
