@@ -2,7 +2,8 @@
 
 A picture is unchanged if size and time are, else if its digest is. One with the digest of another, moved or a copy,
 shares that one's vector. What is gone leaves the index. A root that is missing or empty is refused: it is far more
-likely a disk that is not mounted than a wish to delete everything.
+likely a disk that is not mounted than a wish to delete everything. A folder in it that cannot be read is refused, too:
+what it holds is not gone.
 """
 
 import hashlib
@@ -92,7 +93,7 @@ def update_index(index: IndexFolder, blip: Blip, verify: bool = False, poll: Cal
 
 
 def listing(store: ImageStore) -> dict[bytes, tuple[int, int]]:
-    """Size and time of every picture by its path; ValueError when there is none."""
+    """Size and time of every picture by its path; ValueError when there is none, or a folder cannot be read."""
     found: dict[bytes, tuple[int, int]] = {}
     if store.shards:
         for member, size, time_ns in store.shards.listing():
@@ -106,7 +107,7 @@ def listing(store: ImageStore) -> dict[bytes, tuple[int, int]]:
                 found[path] = info.file_size, int(time * 1e9)
     else:
         root = os.fsencode(store.root)
-        for folder, folders, files in os.walk(root):
+        for folder, folders, files in os.walk(root, onerror=refuse_folder):
             folders.sort()
             for name in sorted(files):
                 path = os.path.join(folder, name)
@@ -123,6 +124,14 @@ def listing(store: ImageStore) -> dict[bytes, tuple[int, int]]:
         kinds = ", ".join(kind.decode() for kind in PICTURES)
         raise ValueError(f"{store.root}: no pictures there ({kinds}): nothing is changed. Is the disk mounted?")
     return found
+
+
+def refuse_folder(error: OSError) -> None:
+    """ValueError for a folder that cannot be listed: its pictures would count as gone."""
+    raise ValueError(
+        f"{os.fsdecode(error.filename)}: this folder cannot be read ({error.strerror}): nothing is changed. Make it "
+        "readable, or move it elsewhere."
+    ) from None
 
 
 def make_plan(store: ImageStore, known: dict[bytes, Entry], verify: bool = False) -> Plan:

@@ -162,6 +162,27 @@ def test_a_root_that_is_empty_or_gone_is_refused(tmp_path, blip):
     assert index.entries() == before
 
 
+def test_a_folder_that_cannot_be_read_is_refused(tmp_path, blip, monkeypatch):
+    """Its pictures are not gone. The error is made here, as root may read every folder."""
+    root = some_pictures(tmp_path / "pictures", 2)
+    some_pictures(root / "locked", 1)
+    index = new_index(tmp_path / "index", root)
+    update_index(index, blip)
+    before, scandir = index.entries(), os.scandir
+
+    def refusing(path):
+        if os.fsencode(path).endswith(b"locked"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    (root / "0.png").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refusing)
+        with pytest.raises(ValueError, match="pictures/locked: this folder cannot be read .Permission denied.: "):
+            update_index(index, blip)
+    assert index.entries() == before and b"locked/0.png" in before
+
+
 NAMES = [b"a b.png", b"new\nline.png", "emoji \U0001f415.png".encode(), b"latin \xe4.png", b"UPPER.PNG", b"sub/x.png"]
 
 
