@@ -10,7 +10,6 @@ import hashlib
 import logging
 import os
 import stat
-import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -170,7 +169,9 @@ def digest_of(store: ImageStore, path: bytes) -> tuple[bytes, str]:
         with store.open_file(os.fsdecode(path)) as file:
             while block := file.read(1 << 20):
                 digest.update(block)
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged or encrypted member of an archive can raise nearly anything
         return b"", str(error) or type(error).__name__
     return digest.digest(), ""
 

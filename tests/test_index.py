@@ -27,6 +27,7 @@ from retrieval.indexing import update_index
 from retrieval.search import LocalStore, Searcher, TokenCache
 from retrieval.threshold import best_threshold, kept_threshold
 from tests.conftest import make_tiny_run, tiny_med, tiny_model
+from tests.test_rankings import tear
 from tests.test_train import ROOT, run
 
 
@@ -234,6 +235,25 @@ def test_an_archive_equals_a_folder(tmp_path, blip):
     update_index(index, blip)
     vectors = {path: values[3] for path, values in contents(index).items()}
     assert vectors == {path: values[3] for path, values in fresh(tmp_path, root, blip).items()}
+
+
+def test_members_of_an_archive_that_cannot_be_read_are_recorded(tmp_path, blip):
+    archive = tmp_path / "p.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        for path in sorted(some_pictures(tmp_path / "pictures", 4).iterdir()):
+            file.write(path, path.name)
+    tear(archive, "1.png")
+    data = bytearray(archive.read_bytes())
+    for name, at, value in ((b"2.png", 8, 1), (b"3.png", 10, 97)):  # encrypted; of an unknown compression
+        data[data.rindex(name) - 46 + at] = value  # in the central directory
+    archive.write_bytes(data)
+    index = new_index(tmp_path / "index", archive)
+    for _ in range(2):
+        update_index(index, blip)
+        errors = {entry.name: entry.error or "" for entry in index.entries().values()}
+        assert errors.pop("0.png") == "" and list(errors) == ["1.png", "2.png", "3.png"]
+        for error, said in zip(errors.values(), ("while decompressing", "encrypted", "not supported"), strict=True):
+            assert said in error
 
 
 def test_a_kill_at_any_write_loses_no_more_than_that_write(tmp_path, weights):
