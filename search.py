@@ -45,7 +45,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     make.add_argument("--keep_tokens", action="store_true", help="keep image tokens: re-ranking reads, not encodes")
     make.add_argument("--store", default="", metavar="milvus:FILE.db|milvus:http://HOST:19530")
     update = command("update", update_command, "INDEX")
-    update.add_argument("--verify", action="store_true", help="compare the digest of every file")
+    update.add_argument("--verify", action="store_true", help="compare every file's digest; decode broken ones again")
     query = command("query", query_command, "INDEX")
     query.add_argument("text", nargs="?", help="what the picture shows")
     query.add_argument("--image", type=Path, help="find similar pictures, or with --texts the texts that fit")

@@ -1,9 +1,9 @@
 """Bring an index up to date with its folder or archive: what is new is encoded, what has moved keeps its vector.
 
-A picture is unchanged if size and time are, else if its digest is. One with the digest of another, moved or a copy,
-shares that one's vector. What is gone leaves the index. A root that is missing or empty is refused: it is far more
-likely a disk that is not mounted than a wish to delete everything. A folder in it that cannot be read is refused, too:
-what it holds is not gone.
+A picture is unchanged if size and time are, else if its digest is. A file that could not be opened has no digest, and
+is tried again each time. A picture with the digest of another, moved or a copy, shares that one's vector. What is gone
+leaves the index. A root that is missing or empty is refused: it is far more likely a disk that is not mounted than a
+wish to delete everything. A folder in it that cannot be read is refused, too: what it holds is not gone.
 """
 
 import hashlib
@@ -72,8 +72,9 @@ def only_writer(index: IndexFolder) -> Iterator[None]:
 def update_index(index: IndexFolder, blip: Blip, verify: bool = False, poll: Callable[[], None] = never_stop) -> Plan:
     """Make the index that of its root as it is now; every process of a launch calls it. ValueError for no pictures.
 
-    `verify`: compare digests of all files, not only of those whose size or time has changed. It takes over what others
-    have written, so no other launch may be writing: see `only_writer`.
+    `verify`: compare digests of all files, not only of those whose size or time has changed, and try pictures again
+    that could not be decoded. It takes over what others have written, so no other launch may be writing: see
+    `only_writer`.
     """
     if is_main() and (count := index.merge_journals()):
         log.info("%d pictures that an earlier, interrupted run had done", count)
@@ -137,7 +138,10 @@ def make_plan(store: ImageStore, known: dict[bytes, Entry], verify: bool = False
     """Compare what is there with what is known."""
     plan, there = Plan(), listing(store)
     by_digest = {entry.digest: entry for entry in known.values() if entry.part is not None}
-    changed = [path for path, stat in there.items() if verify or path not in known or known[path][1:3] != stat]
+    changed = [
+        path for path, stat in there.items()
+        if verify or path not in known or known[path][1:3] != stat or not known[path].digest
+    ]  # fmt: skip
     plan.unchanged = len(there) - len(changed)
     progress, new = Progress("files read", len(changed), "files"), dict[bytes, list[Entry]]()
     with ThreadPoolExecutor(min(8, cores())) as pool:
@@ -146,11 +150,11 @@ def make_plan(store: ImageStore, known: dict[bytes, Entry], verify: bool = False
         ):
             before, entry = known.get(path), Entry(path, *there[path], digest, error=problem or None)
             same = by_digest.get(digest)
-            if before is not None and before.digest == digest:  # touched, not changed
+            if problem:
+                plan.put.append(entry)
+            elif before is not None and before.digest == digest and not (verify and before.error):  # only touched
                 plan.unchanged += 1
                 plan.put.append(before._replace(size=entry.size, mtime_ns=entry.mtime_ns))
-            elif problem:
-                plan.put.append(entry)
             elif same is not None:
                 plan.moved += 1
                 plan.put.append(entry._replace(part=same.part, row=same.row))

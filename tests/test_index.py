@@ -18,6 +18,7 @@ from PIL import Image
 
 import search as program
 from benchmarks import bench_search
+from data.images import ImageStore
 from models import load
 from retrieval import index as index_module
 from retrieval import indexing
@@ -147,6 +148,30 @@ def test_broken_pictures_are_recorded_and_tried_again_when_they_change(tmp_path,
     assert not update_index(index, blip).encode
     picture(7).save(root / "bad.jpg")
     assert len(update_index(index, blip).encode) == 1 and index.entries()[b"bad.jpg"].error is None
+
+
+def test_what_was_unreadable_for_a_while_is_tried_again(tmp_path, blip, monkeypatch):
+    """A file that could not be opened at each update, a picture that could not be decoded under `verify`."""
+    root = some_pictures(tmp_path / "pictures", 3)
+    index, open_file = new_index(tmp_path / "index", root), ImageStore.open_file
+
+    def failing(self, name):
+        if name == "1.png":
+            raise OSError(5, "Input/output error")
+        return open_file(self, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageStore, "open_file", failing)
+        for _ in range(2):
+            update_index(index, blip)
+            assert "Input/output error" in str(index.entries()[b"1.png"].error)
+    assert len(update_index(index, blip).encode) == 1
+    expected = fresh(tmp_path, root, blip)
+    assert contents(index) == expected
+    index.change([index.entries()[b"2.png"]._replace(part=None, row=None, error="no decoder")])
+    assert not update_index(index, blip).encode
+    assert len(update_index(index, blip, verify=True).encode) == 1
+    assert contents(index) == expected
 
 
 def test_a_root_that_is_empty_or_gone_is_refused(tmp_path, blip):
