@@ -79,7 +79,7 @@ def update_index(index: IndexFolder, blip: Blip, verify: bool = False, poll: Cal
     if is_main() and (count := index.merge_journals()):
         log.info("%d pictures that an earlier, interrupted run had done", count)
     store = ImageStore(index.head.root, blip.rule, upright=index.head.upright)
-    plan = from_main([make_plan(store, index.entries(), verify) if is_main() else Plan()])[0]
+    plan = from_main([make_plan(store, index.entries(), verify, poll) if is_main() else Plan()])[0]
     if is_main():
         log.info("%s: %s", store.root, plan)
         index.change(plan.put)
@@ -134,7 +134,9 @@ def refuse_folder(error: OSError) -> None:
     ) from None
 
 
-def make_plan(store: ImageStore, known: dict[bytes, Entry], verify: bool = False) -> Plan:
+def make_plan(
+    store: ImageStore, known: dict[bytes, Entry], verify: bool = False, poll: Callable[[], None] = never_stop
+) -> Plan:
     """Compare what is there with what is known."""
     plan, there = Plan(), listing(store)
     by_digest = {entry.digest: entry for entry in known.values() if entry.part is not None}
@@ -144,26 +146,34 @@ def make_plan(store: ImageStore, known: dict[bytes, Entry], verify: bool = False
     ]  # fmt: skip
     plan.unchanged = len(there) - len(changed)
     progress, new = Progress("files read", len(changed), "files"), dict[bytes, list[Entry]]()
-    with ThreadPoolExecutor(min(8, cores())) as pool:
-        for path, (digest, problem) in zip(
-            changed, pool.map(lambda path: digest_of(store, path), changed), strict=True
-        ):
-            before, entry = known.get(path), Entry(path, *there[path], digest, error=problem or None)
-            same = by_digest.get(digest)
-            if problem:
-                plan.put.append(entry)
-            elif before is not None and before.digest == digest and not (verify and before.error):  # only touched
-                plan.unchanged += 1
-                plan.put.append(before._replace(size=entry.size, mtime_ns=entry.mtime_ns))
-            elif same is not None:
-                plan.moved += 1
-                plan.put.append(entry._replace(part=same.part, row=same.row))
-            else:
-                new.setdefault(digest, []).append(entry)
-            progress.add(1)
+    for path, (digest, problem) in zip(changed, digests_of(store, changed, poll), strict=True):
+        before, entry = known.get(path), Entry(path, *there[path], digest, error=problem or None)
+        same = by_digest.get(digest)
+        if problem:
+            plan.put.append(entry)
+        elif before is not None and before.digest == digest and not (verify and before.error):  # only touched
+            plan.unchanged += 1
+            plan.put.append(before._replace(size=entry.size, mtime_ns=entry.mtime_ns))
+        elif same is not None:
+            plan.moved += 1
+            plan.put.append(entry._replace(part=same.part, row=same.row))
+        else:
+            new.setdefault(digest, []).append(entry)
+        progress.add(1)
     plan.encode = list(new.values())
     plan.remove = [path for path in known if path not in there]
     return plan
+
+
+def digests_of(store: ImageStore, paths: list[bytes], poll: Callable[[], None]) -> Iterator[tuple[bytes, str]]:
+    """`digest_of` each file, of which several are read at once; no further one once `poll` has raised."""
+    pool = ThreadPoolExecutor(min(8, cores()))
+    try:
+        for found in pool.map(lambda path: digest_of(store, path), paths):
+            poll()
+            yield found
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def digest_of(store: ImageStore, path: bytes) -> tuple[bytes, str]:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from argparse import Namespace
 from pathlib import Path
@@ -30,6 +31,7 @@ from retrieval.threshold import best_threshold, kept_threshold
 from tests.conftest import make_tiny_run, tiny_med, tiny_model
 from tests.test_rankings import tear
 from tests.test_train import ROOT, run
+from utils import Stopped
 
 
 def picture(seed: int, size: int = 40) -> Image.Image:
@@ -172,6 +174,27 @@ def test_what_was_unreadable_for_a_while_is_tried_again(tmp_path, blip, monkeypa
     assert not update_index(index, blip).encode
     assert len(update_index(index, blip, verify=True).encode) == 1
     assert contents(index) == expected
+
+
+def test_a_signal_is_heeded_while_files_are_read(tmp_path, blip, monkeypatch):
+    root, read = tmp_path / "pictures", []
+    root.mkdir()
+    for i in range(60):
+        (root / f"{i}.png").write_bytes(b"%d" % i)
+
+    def slow(store, path):
+        read.append(path)
+        time.sleep(0.02)
+        return path, ""
+
+    def poll():
+        raise Stopped("SIGTERM")
+
+    monkeypatch.setattr(indexing, "digest_of", slow)
+    index = new_index(tmp_path / "index", root)
+    with pytest.raises(Stopped):
+        update_index(index, blip, poll=poll)
+    assert 0 < len(read) < 40 and not index.entries()
 
 
 def test_a_root_that_is_empty_or_gone_is_refused(tmp_path, blip):
