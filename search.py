@@ -209,15 +209,17 @@ def query_command(args: argparse.Namespace) -> int:
 
 
 def rank_texts(searcher: "Searcher", args: argparse.Namespace) -> list[str]:
-    """Lines: the texts of a file that fit a picture best, by P(match) of the nearest by contrast."""
+    """Lines: the texts of a file that fit a picture best; the nearest by contrast in matching's order come first."""
     texts = read_lines(args.texts)
     blip, picture = searcher.blip, searcher.load(args.image)
     cosine = blip.similarity(picture, texts)[0]
     near = cosine.topk(min(len(texts), max(args.top, args.rerank))).indices.tolist()
-    match, score = (f(picture, [texts[i] for i in near])[0] for f in (blip.match, blip.score))
-    order = sorted(range(len(near)), key=lambda j: -float(score[j]))[: args.top]
-    return [f"{rank:4}  cosine {cosine[near[j]]:.3f}  P(match) {match[j]:.3f}  {texts[near[j]]}"
-            for rank, j in enumerate(order, 1)]  # fmt: skip
+    matched = near[: args.rerank]
+    match, score = (f(picture, [texts[i] for i in matched])[0] for f in (blip.match, blip.score))
+    order = sorted(range(len(matched)), key=lambda j: -float(score[j]))
+    rows = [(near[j], f"  P(match) {match[j]:.3f}") for j in order] + [(i, "") for i in near[args.rerank :]]
+    return [f"{rank:4}  cosine {cosine[i]:.3f}{shown}  {texts[i]}"
+            for rank, (i, shown) in enumerate(rows[: args.top], 1)]  # fmt: skip
 
 
 def read_lines(path: Path) -> list[str]:

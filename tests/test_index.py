@@ -273,6 +273,21 @@ def test_the_picture_of_a_query_is_opened_as_those_of_the_index(tmp_path, blip):
         searcher.image(tmp_path / "w.pth", 1)
 
 
+def test_texts_for_a_picture_come_by_matching_then_by_contrast(indexed, tmp_path, blip):
+    """--rerank says how many are matched, 0 is contrast alone."""
+    path, texts = indexed / "pictures" / "2.png", ["a dog", "a cat on a table", "red", "two women running", "a ball"]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    cosine, score = blip.similarity(path, texts)[0], blip.score(path, texts)[0]
+    near = cosine.argsort(descending=True).tolist()
+    searcher = Searcher(IndexFolder(indexed / "index"), blip)
+    for rerank, top in ((0, 4), (2, 4), (3, 2), (9, 9)):
+        args = Namespace(image=path, texts=tmp_path / "texts.txt", top=top, rerank=rerank)
+        lines = program.rank_texts(searcher, args)
+        order = sorted(near[:rerank], key=lambda i: -float(score[i])) + near[rerank:]
+        assert [line.rpartition("  ")[2] for line in lines] == [texts[i] for i in order[:top]]
+        assert [line for line in lines if "P(match)" in line] == lines[:rerank]
+
+
 def test_an_archive_equals_a_folder(tmp_path, blip):
     root = some_pictures(tmp_path / "pictures")
     with zipfile.ZipFile(tmp_path / "p.zip", "w") as file:
