@@ -27,6 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.images import ImageStore
+from transform.rgb import PixelRule
+
 FORMAT = 1
 DEFAULT_THRESHOLD = 0.5  # P(match) below which nothing matches, where none was calibrated
 HEAD, MANIFEST, LOCK = "index.json", "manifest.sqlite", "writing.lock"
@@ -96,6 +99,15 @@ class IndexFolder:
 
     def close(self) -> None:
         self.database.close()
+
+    def pictures(self, rule: PixelRule) -> ImageStore:
+        """Its folder or archive of pictures, which become RGB by `rule`; ValueError where that is gone."""
+        if not os.path.exists(self.head.root):
+            raise ValueError(
+                f"{self.head.root}, with the pictures of {self.folder}, is not there: mount its disk or, if it has "
+                f"moved, write its new place under root in {self.folder / HEAD}."
+            )
+        return ImageStore(self.head.root, rule, upright=self.head.upright)
 
     # ---- manifest -------------------------------------------------------------------------------------------------
 

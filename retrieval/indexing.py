@@ -78,7 +78,7 @@ def update_index(index: IndexFolder, blip: Blip, verify: bool = False, poll: Cal
     """
     if is_main() and (count := index.merge_journals()):
         log.info("%d pictures that an earlier, interrupted run had done", count)
-    store = ImageStore(index.head.root, blip.rule, upright=index.head.upright)
+    store = index.pictures(blip.rule)
     plan = from_main([make_plan(store, index.entries(), verify, poll) if is_main() else Plan()])[0]
     if is_main():
         log.info("%s: %s", store.root, plan)

@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.images import ImageStore
 from models.loading import Blip
 from retrieval.index import Entry, IndexFolder
 from utils import Progress
@@ -135,7 +134,7 @@ class Searcher:
         self.index, self.blip = index, blip
         self.entries = [entry for _, entry in index.numbered()]
         self.vectors = vectors or LocalStore(index, self.entries)
-        self.store = ImageStore(index.head.root, blip.rule, upright=index.head.upright)
+        self.store = index.pictures(blip.rule)
         self.cache = TokenCache()
 
     def texts(self, queries: Sequence[str], top: int, rerank: int = 0) -> list[Answer]:

@@ -203,12 +203,18 @@ def test_a_root_that_is_empty_or_gone_is_refused(tmp_path, blip):
     update_index(index, blip)
     before = index.entries()
     shutil.move(root, tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="neither a folder nor a .zip"):
-        update_index(index, blip)
+    for use in (update_index, Searcher):
+        with pytest.raises(ValueError, match="mount its disk or, if it has moved, write .* root in .*index.json"):
+            use(index, blip)
     root.mkdir()
     with pytest.raises(ValueError, match="no pictures there .*Is the disk mounted"):
         update_index(index, blip)
     assert index.entries() == before
+    head = tmp_path / "index" / "index.json"
+    head.write_text(json.dumps(json.loads(head.read_text()) | {"root": str(tmp_path / "elsewhere")}))
+    moved = IndexFolder(tmp_path / "index")
+    plan = update_index(moved, blip)
+    assert plan.unchanged == 2 and not plan.encode and moved.entries() == before
 
 
 def test_a_folder_that_cannot_be_read_is_refused(tmp_path, blip, monkeypatch):
