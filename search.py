@@ -241,7 +241,7 @@ def as_lines(answer: "Answer") -> list[str]:
         match = "" if hit.match is None else f"  P(match) {hit.match:.3f}  by contrast {hit.rank_itc}"
         return f"{hit.rank:4}  cosine {hit.cosine:.3f}{match}  {printable(hit.path)}"
 
-    lines = [f"{answer.query}", "  by contrast", *map(row, answer.contrast)]
+    lines = [printable(answer.query), "  by contrast", *map(row, answer.contrast)]
     if answer.reranked:
         lines += ["  re-ranked by matching", *map(row, answer.reranked)]
     if answer.matches is False:
@@ -282,15 +282,16 @@ def describe(index: "IndexFolder") -> list[str]:
         f"checkpoint {head.checkpoint} (weights {head.weights_sha256[:12]}), threshold {head.threshold:.3f}",
     ]
     if bad:
-        lines.append(f"{len(bad)} pictures cannot be read, the first: {printable(bad[0].name)} ({bad[0].error})")
-    return lines
+        lines.append(f"{len(bad)} pictures cannot be read, the first: {bad[0].name} ({bad[0].error})")
+    return [printable(line) for line in lines]
 
 
 def export_command(args: argparse.Namespace) -> None:
     from retrieval.index import IndexFolder
+    from retrieval.search import printable
     from retrieval.stores import export
 
-    print(export(IndexFolder(args.index), args.out))
+    print(printable(str(export(IndexFolder(args.index), args.out))))
 
 
 def calibrate_command(args: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ from data.findings import cores
 from data.images import ImageStore
 from models.loading import Blip
 from retrieval.index import LOCK, Entry, IndexFolder, PartWriter
+from retrieval.search import printable
 from utils import Progress, barrier, from_main, get_rank, get_world_size, is_main, never_stop
 
 log = logging.getLogger("blip")
@@ -186,7 +187,7 @@ def digest_of(store: ImageStore, path: bytes) -> tuple[bytes, str]:
     except MemoryError:
         raise
     except Exception as error:  # a damaged or encrypted member of an archive can raise nearly anything
-        return b"", str(error) or type(error).__name__
+        return b"", printable(str(error)) or type(error).__name__
     return digest.digest(), ""
 
 
@@ -225,7 +226,7 @@ def decoded(
         try:
             return store.load(name)
         except ValueError as error:
-            return str(error)
+            return printable(str(error))  # the manifest takes only text
 
     parts = [groups[start : start + BATCH] for start in range(0, len(groups), BATCH)]
     with ThreadPoolExecutor(min(8, cores())) as pool:

@@ -531,6 +531,28 @@ def indexed(tmp_path_factory, weights) -> Path:
     return folder
 
 
+def test_folders_and_pictures_whose_names_are_no_text(tmp_path, weights, capsysbinary):
+    """They are printed with their odd bytes written out; also as the reason why a picture cannot be read."""
+    root = Path(os.fsdecode(os.fsencode(tmp_path) + b"/latin \xe4"))
+    some_pictures(root, 2)
+    for name in (b"broken \xe4.png", b"dangling \xe4.png"):
+        path = Path(os.fsdecode(os.fsencode(root) + b"/" + name))
+        if name.startswith(b"broken"):
+            path.write_bytes(b"nothing")
+        else:
+            path.symlink_to(tmp_path / "nowhere")
+    index = str(root / "index")
+    assert program.main(["index", str(weights), str(root), index, "--device", "cpu"]) == 0
+    assert program.main(["status", index]) == 0
+    printed = capsysbinary.readouterr().out.decode()
+    assert printed.count("2 pictures of") == 2 and "latin \\udce4" in printed
+    assert "2 pictures cannot be read" in printed and "ing \\udce4.png" in printed
+    assert program.main(["query", index, "--image", str(root / "1.png")]) == 0
+    assert program.main(["export", index, str(root / "v.npy")]) == 0
+    printed = capsysbinary.readouterr().out.decode()
+    assert "like " in printed and printed.count("latin \\udce4") == 2
+
+
 def test_index_query_status_and_export(indexed, capsys, tmp_path):
     index = str(indexed / "index")
     assert program.main(["query", index, "a red dog", "--top", "3", "--rerank", "4", "--json"]) in (0, 1)
