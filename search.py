@@ -45,7 +45,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     make.add_argument("--keep_tokens", action="store_true", help="keep image tokens: re-ranking reads, not encodes")
     make.add_argument("--store", default="", metavar="milvus:FILE.db|milvus:http://HOST:19530")
     update = command("update", update_command, "INDEX")
-    update.add_argument("--verify", action="store_true", help="compare the digest of every file")
+    update.add_argument("--verify", action="store_true", help="compare every file's digest; decode broken ones again")
     query = command("query", query_command, "INDEX")
     query.add_argument("text", nargs="?", help="what the picture shows")
     query.add_argument("--image", type=Path, help="find similar pictures, or with --texts the texts that fit")
@@ -158,15 +158,17 @@ def open_index(args: argparse.Namespace) -> "tuple[IndexFolder, Blip, str]":
 
 
 def bring_up_to_date(index: "IndexFolder", blip: "Blip", sha256: str, source: str, verify: bool = False) -> None:
-    from retrieval.indexing import update_index, weights_match
+    from retrieval.indexing import only_writer, update_index, weights_match
     from retrieval.stores import synchronise
     from utils import StopSignal, is_main
 
     weights_match(index, sha256, source)
-    with StopSignal() as stop:
-        update_index(index, blip, verify, stop.poll)
+    with only_writer(index):
+        with StopSignal() as stop:
+            update_index(index, blip, verify, stop.poll)
+        if is_main():
+            synchronise(index)
     if is_main():
-        synchronise(index)
         print("\n".join(describe(index)))
 
 
@@ -207,15 +209,17 @@ def query_command(args: argparse.Namespace) -> int:
 
 
 def rank_texts(searcher: "Searcher", args: argparse.Namespace) -> list[str]:
-    """Lines: the texts of a file that fit a picture best, by P(match) of the nearest by contrast."""
+    """Lines: the texts of a file that fit a picture best; the nearest by contrast in matching's order come first."""
     texts = read_lines(args.texts)
-    blip = searcher.blip
-    cosine = blip.similarity(args.image, texts)[0]
+    blip, picture = searcher.blip, searcher.load(args.image)
+    cosine = blip.similarity(picture, texts)[0]
     near = cosine.topk(min(len(texts), max(args.top, args.rerank))).indices.tolist()
-    match, score = (f(args.image, [texts[i] for i in near])[0] for f in (blip.match, blip.score))
-    order = sorted(range(len(near)), key=lambda j: -float(score[j]))[: args.top]
-    return [f"{rank:4}  cosine {cosine[near[j]]:.3f}  P(match) {match[j]:.3f}  {texts[near[j]]}"
-            for rank, j in enumerate(order, 1)]  # fmt: skip
+    matched = near[: args.rerank]
+    match, score = (f(picture, [texts[i] for i in matched])[0] for f in (blip.match, blip.score))
+    order = sorted(range(len(matched)), key=lambda j: -float(score[j]))
+    rows = [(near[j], f"  P(match) {match[j]:.3f}") for j in order] + [(i, "") for i in near[args.rerank :]]
+    return [f"{rank:4}  cosine {cosine[i]:.3f}{shown}  {texts[i]}"
+            for rank, (i, shown) in enumerate(rows[: args.top], 1)]  # fmt: skip
 
 
 def read_lines(path: Path) -> list[str]:
@@ -237,7 +241,7 @@ def as_lines(answer: "Answer") -> list[str]:
         match = "" if hit.match is None else f"  P(match) {hit.match:.3f}  by contrast {hit.rank_itc}"
         return f"{hit.rank:4}  cosine {hit.cosine:.3f}{match}  {printable(hit.path)}"
 
-    lines = [f"{answer.query}", "  by contrast", *map(row, answer.contrast)]
+    lines = [printable(answer.query), "  by contrast", *map(row, answer.contrast)]
     if answer.reranked:
         lines += ["  re-ranked by matching", *map(row, answer.reranked)]
     if answer.matches is False:
@@ -256,7 +260,8 @@ def status_command(args: argparse.Namespace) -> None:
     print("\n".join(describe(index)))
     if waiting:
         print(
-            f"{waiting} pictures of a run that is going on, or was interrupted, are not in it yet: update takes them in"
+            f"{waiting} pictures of a run that is going on, or was interrupted, are not in it yet: wait for it, or run "
+            "update if it was interrupted"
         )
 
 
@@ -277,15 +282,16 @@ def describe(index: "IndexFolder") -> list[str]:
         f"checkpoint {head.checkpoint} (weights {head.weights_sha256[:12]}), threshold {head.threshold:.3f}",
     ]
     if bad:
-        lines.append(f"{len(bad)} pictures cannot be read, the first: {printable(bad[0].name)} ({bad[0].error})")
-    return lines
+        lines.append(f"{len(bad)} pictures cannot be read, the first: {bad[0].name} ({bad[0].error})")
+    return [printable(line) for line in lines]
 
 
 def export_command(args: argparse.Namespace) -> None:
     from retrieval.index import IndexFolder
+    from retrieval.search import printable
     from retrieval.stores import export
 
-    print(export(IndexFolder(args.index), args.out))
+    print(printable(str(export(IndexFolder(args.index), args.out))))
 
 
 def calibrate_command(args: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from configs.datasets import DATASETS
 from configs.schema import RetrievalConfig
@@ -28,6 +28,11 @@ from transform.rgb import AS_BLIP, PixelRule, to_rgb
 from utils import find_path
 
 ORIENTATION = 0x0112  # in EXIF
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 MAX_BYTES = 1 << 30  # of one image file: a member of a small .zip can unpack to more than the memory
 NOT_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # what says nothing about the file that was to be opened
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # ImageStore.load refuses such pictures
@@ -84,10 +89,7 @@ class ImageStore:
                 if limit and image.width * image.height > limit:
                     raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, {limit} at most")
                 lost = "depth" if image.mode.startswith("I") else "alpha" if image.has_transparency_data else ""
-                rgb = to_rgb(image, self.rule)
-                if self.upright:
-                    rgb.getexif()[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
-                    rgb = ImageOps.exif_transpose(rgb)
+                rgb = self.as_rgb(image)
                 return rgb, "" if lost == "alpha" and self.rule.flatten_alpha else lost
         except (KeyError, FileNotFoundError):
             raise ValueError(f"image {name} is missing from image_root {self.root}") from None
@@ -110,6 +112,12 @@ class ImageStore:
                 f"image {name} in {self.root} cannot be read ({reason}): "
                 "replace the file, or remove its rows from the annotations"
             ) from error
+
+    def as_rgb(self, image: Image.Image) -> Image.Image:
+        """The picture of an open file, not decoded yet, in RGB as those of this store: by its rule, perhaps upright."""
+        rgb = to_rgb(image, self.rule)
+        turn = TURNS.get(orientation(image)) if self.upright else None
+        return rgb if turn is None else rgb.transpose(turn)
 
     def open_file(self, name: str) -> IO[bytes]:
         """The file called `name`, as it is; KeyError, OSError or ShardError when it cannot be opened."""
@@ -164,6 +172,14 @@ class ImageStore:
             return
         paths = (os.path.join(folder, file) for folder, _, files in os.walk(self.root) for file in files)
         yield from (os.path.relpath(path, self.root).replace(os.sep, "/") for path in islice(paths, most))
+
+
+def orientation(image: Image.Image) -> int:
+    """Which way is up by the EXIF of a picture that is decoded, 1 to 8; 1, as it is, where the EXIF is malformed."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # Pillow raises nearly anything here, and the pixels are good
+        return 1
 
 
 def open_store(cfg: RetrievalConfig) -> ImageStore:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import anyio.to_thread
 import uvicorn
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
@@ -28,6 +28,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
+from data.images import ImageStore
 from reports.heatmaps import draw_heatmap, seen_by_model
 from reports.pages import TEMPLATES
 from retrieval.search import Searcher, as_json, hit_json, printable, require_text
@@ -151,7 +152,7 @@ class Page:
 
     async def similar(self, request: Request) -> Response:
         """A picture's bytes -> pictures like it."""
-        image = decode(await read_body(request, MAX_UPLOAD))
+        image = decode(await read_body(request, MAX_UPLOAD), self.searcher.store)
         hits = await self.run(lambda: self.searcher.image(image, TOP))
         return JSONResponse({"contrast": [hit_json(hit, printable) for hit in hits], "reranked": [], "matches": None})
 
@@ -268,19 +269,20 @@ async def read_json(request: Request) -> dict[str, Any]:
     return values
 
 
-def decode(data: bytes) -> Image.Image:
-    """An uploaded picture, upright; Refused before it is decoded if its header promises too many pixels."""
+def decode(data: bytes, store: ImageStore) -> Image.Image:
+    """An uploaded picture in RGB, as those of `store`; Refused before it is decoded if it has too many pixels."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.width * image.height > MAX_PIXELS:
                 most = MAX_PIXELS // 10**6
                 raise Refused(f"{image.width} x {image.height} pixels are too many: {most} megapixels at most")
-            image.load()
-            return ImageOps.exif_transpose(image)
+            return store.as_rgb(image)
     except Refused:
         raise
-    except Exception:  # a broken file can raise nearly anything in Pillow's decoders
-        raise Refused("this is not a picture, or a broken one") from None
+    except UnidentifiedImageError:
+        raise Refused("this is not a picture, or one of an unknown format") from None
+    except Exception as error:  # a broken file can raise nearly anything in Pillow's decoders
+        raise Refused(f"this is not a picture, or a broken one: {str(error) or type(error).__name__}") from None
 
 
 def encoded(image: Image.Image, kind: str) -> bytes:

@@ -5,6 +5,7 @@ A folder:  index.json       format, weights, root, sizes, EXIF rule, threshold
            part_*.bf16      image tokens of the same rows (n, T, V), if they are kept
            part_*.jsonl     what a process has done and the manifest does not know yet
            manifest.sqlite  one row a picture: path, size, mtime_ns, digest, part and row of its vector, or error
+           writing.lock     held by the launch that writes the index, one at a time
 
 Vectors are on the disk before their line of the journal, and that before its row of the manifest. So a process that is
 killed anywhere leaves at most vectors that nobody names. Several processes each write a part and its journal; the first
@@ -26,9 +27,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.images import ImageStore
+from transform.rgb import PixelRule
+
 FORMAT = 1
 DEFAULT_THRESHOLD = 0.5  # P(match) below which nothing matches, where none was calibrated
-HEAD, MANIFEST = "index.json", "manifest.sqlite"
+HEAD, MANIFEST, LOCK = "index.json", "manifest.sqlite", "writing.lock"
 SCHEMA = """CREATE TABLE IF NOT EXISTS images (id INTEGER PRIMARY KEY, path BLOB UNIQUE NOT NULL, size INTEGER NOT NULL,
  mtime_ns INTEGER NOT NULL, digest BLOB NOT NULL, part TEXT, row INTEGER, error TEXT)"""
 
@@ -95,6 +99,15 @@ class IndexFolder:
 
     def close(self) -> None:
         self.database.close()
+
+    def pictures(self, rule: PixelRule) -> ImageStore:
+        """Its folder or archive of pictures, which become RGB by `rule`; ValueError where that is gone."""
+        if not os.path.exists(self.head.root):
+            raise ValueError(
+                f"{self.head.root}, with the pictures of {self.folder}, is not there: mount its disk or, if it has "
+                f"moved, write its new place under root in {self.folder / HEAD}."
+            )
+        return ImageStore(self.head.root, rule, upright=self.head.upright)
 
     # ---- manifest -------------------------------------------------------------------------------------------------
 

@@ -1,26 +1,29 @@
 """Bring an index up to date with its folder or archive: what is new is encoded, what has moved keeps its vector.
 
-A picture is unchanged if size and time are, else if its digest is. One with the digest of another, moved or a copy,
-shares that one's vector. What is gone leaves the index. A root that is missing or empty is refused: it is far more
-likely a disk that is not mounted than a wish to delete everything.
+A picture is unchanged if size and time are, else if its digest is. A file that could not be opened has no digest, and
+is tried again each time. A picture with the digest of another, moved or a copy, shares that one's vector. What is gone
+leaves the index. A root that is missing or empty is refused: it is far more likely a disk that is not mounted than a
+wish to delete everything. A folder in it that cannot be read is refused, too: what it holds is not gone.
 """
 
 import hashlib
 import logging
 import os
 import stat
-import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from data.findings import cores
 from data.images import ImageStore
 from models.loading import Blip
-from retrieval.index import Entry, IndexFolder, PartWriter
+from retrieval.index import LOCK, Entry, IndexFolder, PartWriter
+from retrieval.search import printable
 from utils import Progress, barrier, from_main, get_rank, get_world_size, is_main, never_stop
 
 log = logging.getLogger("blip")
@@ -46,15 +49,38 @@ class Plan:
         )
 
 
+@contextmanager
+def only_writer(index: IndexFolder) -> Iterator[None]:
+    """Write an index as the only launch that does, of however many processes; ValueError while another one does.
+
+    The first process holds the lock, which ends with it, also when it is killed.
+    """
+    lock, problem = FileLock(index.folder / LOCK), ""
+    if is_main():
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            problem = f"{index.folder}: another process is writing this index: wait for it to end."
+    (problem,) = from_main([problem])
+    if problem:
+        raise ValueError(problem)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def update_index(index: IndexFolder, blip: Blip, verify: bool = False, poll: Callable[[], None] = never_stop) -> Plan:
     """Make the index that of its root as it is now; every process of a launch calls it. ValueError for no pictures.
 
-    `verify`: compare digests of all files, not only of those whose size or time has changed.
+    `verify`: compare digests of all files, not only of those whose size or time has changed, and try pictures again
+    that could not be decoded. It takes over what others have written, so no other launch may be writing: see
+    `only_writer`.
     """
     if is_main() and (count := index.merge_journals()):
         log.info("%d pictures that an earlier, interrupted run had done", count)
-    store = ImageStore(index.head.root, blip.rule, upright=index.head.upright)
-    plan = from_main([make_plan(store, index.entries(), verify) if is_main() else Plan()])[0]
+    store = index.pictures(blip.rule)
+    plan = from_main([make_plan(store, index.entries(), verify, poll) if is_main() else Plan()])[0]
     if is_main():
         log.info("%s: %s", store.root, plan)
         index.change(plan.put)
@@ -68,7 +94,7 @@ def update_index(index: IndexFolder, blip: Blip, verify: bool = False, poll: Cal
 
 
 def listing(store: ImageStore) -> dict[bytes, tuple[int, int]]:
-    """Size and time of every picture by its path; ValueError when there is none."""
+    """Size and time of every picture by its path; ValueError when there is none, or a folder cannot be read."""
     found: dict[bytes, tuple[int, int]] = {}
     if store.shards:
         for member, size, time_ns in store.shards.listing():
@@ -82,7 +108,7 @@ def listing(store: ImageStore) -> dict[bytes, tuple[int, int]]:
                 found[path] = info.file_size, int(time * 1e9)
     else:
         root = os.fsencode(store.root)
-        for folder, folders, files in os.walk(root):
+        for folder, folders, files in os.walk(root, onerror=refuse_folder):
             folders.sort()
             for name in sorted(files):
                 path = os.path.join(folder, name)
@@ -101,33 +127,54 @@ def listing(store: ImageStore) -> dict[bytes, tuple[int, int]]:
     return found
 
 
-def make_plan(store: ImageStore, known: dict[bytes, Entry], verify: bool = False) -> Plan:
+def refuse_folder(error: OSError) -> None:
+    """ValueError for a folder that cannot be listed: its pictures would count as gone."""
+    raise ValueError(
+        f"{os.fsdecode(error.filename)}: this folder cannot be read ({error.strerror}): nothing is changed. Make it "
+        "readable, or move it elsewhere."
+    ) from None
+
+
+def make_plan(
+    store: ImageStore, known: dict[bytes, Entry], verify: bool = False, poll: Callable[[], None] = never_stop
+) -> Plan:
     """Compare what is there with what is known."""
     plan, there = Plan(), listing(store)
     by_digest = {entry.digest: entry for entry in known.values() if entry.part is not None}
-    changed = [path for path, stat in there.items() if verify or path not in known or known[path][1:3] != stat]
+    changed = [
+        path for path, stat in there.items()
+        if verify or path not in known or known[path][1:3] != stat or not known[path].digest
+    ]  # fmt: skip
     plan.unchanged = len(there) - len(changed)
     progress, new = Progress("files read", len(changed), "files"), dict[bytes, list[Entry]]()
-    with ThreadPoolExecutor(min(8, cores())) as pool:
-        for path, (digest, problem) in zip(
-            changed, pool.map(lambda path: digest_of(store, path), changed), strict=True
-        ):
-            before, entry = known.get(path), Entry(path, *there[path], digest, error=problem or None)
-            same = by_digest.get(digest)
-            if before is not None and before.digest == digest:  # touched, not changed
-                plan.unchanged += 1
-                plan.put.append(before._replace(size=entry.size, mtime_ns=entry.mtime_ns))
-            elif problem:
-                plan.put.append(entry)
-            elif same is not None:
-                plan.moved += 1
-                plan.put.append(entry._replace(part=same.part, row=same.row))
-            else:
-                new.setdefault(digest, []).append(entry)
-            progress.add(1)
+    for path, (digest, problem) in zip(changed, digests_of(store, changed, poll), strict=True):
+        before, entry = known.get(path), Entry(path, *there[path], digest, error=problem or None)
+        same = by_digest.get(digest)
+        if problem:
+            plan.put.append(entry)
+        elif before is not None and before.digest == digest and not (verify and before.error):  # only touched
+            plan.unchanged += 1
+            plan.put.append(before._replace(size=entry.size, mtime_ns=entry.mtime_ns))
+        elif same is not None:
+            plan.moved += 1
+            plan.put.append(entry._replace(part=same.part, row=same.row))
+        else:
+            new.setdefault(digest, []).append(entry)
+        progress.add(1)
     plan.encode = list(new.values())
     plan.remove = [path for path in known if path not in there]
     return plan
+
+
+def digests_of(store: ImageStore, paths: list[bytes], poll: Callable[[], None]) -> Iterator[tuple[bytes, str]]:
+    """`digest_of` each file, of which several are read at once; no further one once `poll` has raised."""
+    pool = ThreadPoolExecutor(min(8, cores()))
+    try:
+        for found in pool.map(lambda path: digest_of(store, path), paths):
+            poll()
+            yield found
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def digest_of(store: ImageStore, path: bytes) -> tuple[bytes, str]:
@@ -137,8 +184,10 @@ def digest_of(store: ImageStore, path: bytes) -> tuple[bytes, str]:
         with store.open_file(os.fsdecode(path)) as file:
             while block := file.read(1 << 20):
                 digest.update(block)
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        return b"", str(error) or type(error).__name__
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged or encrypted member of an archive can raise nearly anything
+        return b"", printable(str(error)) or type(error).__name__
     return digest.digest(), ""
 
 
@@ -177,7 +226,7 @@ def decoded(
         try:
             return store.load(name)
         except ValueError as error:
-            return str(error)
+            return printable(str(error))  # the manifest takes only text
 
     parts = [groups[start : start + BATCH] for start in range(0, len(groups), BATCH)]
     with ThreadPoolExecutor(min(8, cores())) as pool:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -172,7 +173,7 @@ def load_rankings(path: str | os.PathLike) -> Rankings:
                 file["caption_image"], file["caption_ids"], ways["txt"], ways["img"], int(file["k_test"]),
                 _from_bytes(file["row"]),
             )  # fmt: skip
-    except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+    except (KeyError, ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: not a file of kept rankings, or damaged ({error}): evaluate again.") from None
 
 

@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.images import ImageStore
 from models.loading import Blip
 from retrieval.index import Entry, IndexFolder
 from utils import Progress
@@ -135,7 +134,7 @@ class Searcher:
         self.index, self.blip = index, blip
         self.entries = [entry for _, entry in index.numbered()]
         self.vectors = vectors or LocalStore(index, self.entries)
-        self.store = ImageStore(index.head.root, blip.rule, upright=index.head.upright)
+        self.store = index.pictures(blip.rule)
         self.cache = TokenCache()
 
     def texts(self, queries: Sequence[str], top: int, rerank: int = 0) -> list[Answer]:
@@ -155,8 +154,17 @@ class Searcher:
 
     def image(self, picture: Image.Image | Path, top: int) -> list[Hit]:
         """The pictures most like another one, by contrast: matching compares a picture with words only."""
+        picture = picture if isinstance(picture, Image.Image) else self.load(picture)
         (found,) = self.vectors.nearest(self.blip.image_features([picture]).numpy(), top)
         return self._hits(found)
+
+    def load(self, path: Path) -> Image.Image:
+        """The picture of a query in RGB, upright as the index's own are; ValueError when it cannot be read."""
+        try:
+            with Image.open(path) as image:
+                return self.store.as_rgb(image)
+        except Exception as error:  # a broken file can raise nearly anything in Pillow's decoders
+            raise ValueError(f"image {path} cannot be read ({str(error) or type(error).__name__})") from None
 
     def _hits(self, found: Sequence[tuple[int, float]]) -> list[Hit]:
         return [

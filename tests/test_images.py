@@ -11,7 +11,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data.images import ImageStore, missing_message
 from transform.rgb import AS_BLIP, PixelRule
@@ -62,6 +62,26 @@ def test_exif_orientation_is_not_applied(folder):
     exif[0x0112] = 6  # "rotate by 90 degrees"
     Image.fromarray(noise()).save(folder / "turned.jpg", exif=exif)
     assert ImageStore(folder).load("turned.jpg").size == (7, 9)
+
+
+@pytest.mark.parametrize("number", range(10))
+def test_upright_pictures_are_turned_as_pillow_turns_them(folder, number):
+    """0 and 9 mean nothing."""
+    exif = Image.Exif()
+    exif[0x0112] = number
+    for name in ("turned.jpg", "turned.png", "turned.tif"):
+        Image.fromarray(noise()).save(folder / name, exif=exif)
+        with Image.open(folder / name) as image:
+            expected = np.asarray(ImageOps.exif_transpose(image))
+        np.testing.assert_array_equal(np.asarray(ImageStore(folder, upright=True).load(name)), expected)
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage, no TIFF", b"Exif\0\0II*\0\xff\0\0\0", b"Exif\0\0"])
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_a_picture_with_malformed_exif_stays_as_it_is(folder, exif):
+    Image.fromarray(noise()).save(folder / "odd.jpg", exif=exif)
+    plain = ImageStore(folder).load("odd.jpg")
+    np.testing.assert_array_equal(np.asarray(ImageStore(folder, upright=True).load("odd.jpg")), np.asarray(plain))
 
 
 def deep(bits: int) -> np.ndarray:

@@ -3,11 +3,14 @@
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
+import time
 import weakref
 import zipfile
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +33,9 @@ from retrieval.search import LocalStore, Searcher, TokenCache
 from retrieval.threshold import best_threshold, calibrate, kept_threshold
 from tests.conftest import make_tiny_run, tiny_med, tiny_model
 from tests.test_pictures import save_run_folder
+from tests.test_rankings import tear
 from tests.test_train import ROOT, run
+from utils import Stopped
 
 
 def picture(seed: int, size: int = 40) -> Image.Image:
@@ -151,18 +156,90 @@ def test_broken_pictures_are_recorded_and_tried_again_when_they_change(tmp_path,
     assert len(update_index(index, blip).encode) == 1 and index.entries()[b"bad.jpg"].error is None
 
 
+def test_what_was_unreadable_for_a_while_is_tried_again(tmp_path, blip, monkeypatch):
+    """A file that could not be opened at each update, a picture that could not be decoded under `verify`."""
+    root = some_pictures(tmp_path / "pictures", 3)
+    index, open_file = new_index(tmp_path / "index", root), ImageStore.open_file
+
+    def failing(self, name):
+        if name == "1.png":
+            raise OSError(5, "Input/output error")
+        return open_file(self, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageStore, "open_file", failing)
+        for _ in range(2):
+            update_index(index, blip)
+            assert "Input/output error" in str(index.entries()[b"1.png"].error)
+    assert len(update_index(index, blip).encode) == 1
+    expected = fresh(tmp_path, root, blip)
+    assert contents(index) == expected
+    index.change([index.entries()[b"2.png"]._replace(part=None, row=None, error="no decoder")])
+    assert not update_index(index, blip).encode
+    assert len(update_index(index, blip, verify=True).encode) == 1
+    assert contents(index) == expected
+
+
+def test_a_signal_is_heeded_while_files_are_read(tmp_path, blip, monkeypatch):
+    root, read = tmp_path / "pictures", []
+    root.mkdir()
+    for i in range(60):
+        (root / f"{i}.png").write_bytes(b"%d" % i)
+
+    def slow(store, path):
+        read.append(path)
+        time.sleep(0.02)
+        return path, ""
+
+    def poll():
+        raise Stopped("SIGTERM")
+
+    monkeypatch.setattr(indexing, "digest_of", slow)
+    index = new_index(tmp_path / "index", root)
+    with pytest.raises(Stopped):
+        update_index(index, blip, poll=poll)
+    assert 0 < len(read) < 40 and not index.entries()
+
+
 def test_a_root_that_is_empty_or_gone_is_refused(tmp_path, blip):
     root = some_pictures(tmp_path / "pictures", 2)
     index = new_index(tmp_path / "index", root)
     update_index(index, blip)
     before = index.entries()
     shutil.move(root, tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="neither a folder nor a .zip"):
-        update_index(index, blip)
+    for use in (update_index, Searcher):
+        with pytest.raises(ValueError, match="mount its disk or, if it has moved, write .* root in .*index.json"):
+            use(index, blip)
     root.mkdir()
     with pytest.raises(ValueError, match="no pictures there .*Is the disk mounted"):
         update_index(index, blip)
     assert index.entries() == before
+    head = tmp_path / "index" / "index.json"
+    head.write_text(json.dumps(json.loads(head.read_text()) | {"root": str(tmp_path / "elsewhere")}))
+    moved = IndexFolder(tmp_path / "index")
+    plan = update_index(moved, blip)
+    assert plan.unchanged == 2 and not plan.encode and moved.entries() == before
+
+
+def test_a_folder_that_cannot_be_read_is_refused(tmp_path, blip, monkeypatch):
+    """Its pictures are not gone. The error is made here, as root may read every folder."""
+    root = some_pictures(tmp_path / "pictures", 2)
+    some_pictures(root / "locked", 1)
+    index = new_index(tmp_path / "index", root)
+    update_index(index, blip)
+    before, scandir = index.entries(), os.scandir
+
+    def refusing(path):
+        if os.fsencode(path).endswith(b"locked"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    (root / "0.png").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refusing)
+        with pytest.raises(ValueError, match="pictures/locked: this folder cannot be read .Permission denied.: "):
+            update_index(index, blip)
+    assert index.entries() == before and b"locked/0.png" in before
 
 
 NAMES = [b"a b.png", b"new\nline.png", "emoji \U0001f415.png".encode(), b"latin \xe4.png", b"UPPER.PNG", b"sub/x.png"]
@@ -186,6 +263,41 @@ def test_odd_names_and_orientation(tmp_path, blip):
     assert os.fsencode(searcher.image(picture(3), 1)[0].path) == NAMES[3]
 
 
+def test_the_picture_of_a_query_is_opened_as_those_of_the_index(tmp_path, blip):
+    root, exif = some_pictures(tmp_path / "pictures", 3), Image.Exif()
+    exif[0x0112] = 6
+    picture(99).save(root / "turned.png", exif=exif)
+    index = new_index(tmp_path / "index", root)
+    update_index(index, blip)
+    searcher = Searcher(index, blip)
+    (hit,) = searcher.image(root / "turned.png", 1)
+    assert hit.path == "turned.png" and hit.cosine == pytest.approx(1, abs=1e-4)
+    texts = ["a dog", "a cat on a table"]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    lines = program.rank_texts(searcher, Namespace(image=root / "turned.png", texts=tmp_path / "texts.txt",
+                                                   top=2, rerank=2))  # fmt: skip
+    expected = blip.similarity(searcher.store.load("turned.png"), texts)[0].tolist()
+    cosines = [float(found[1]) for line in lines if (found := re.search(r"cosine (-?[.0-9]+)", line))]
+    assert sorted(cosines) == pytest.approx(sorted(expected), abs=6e-4)
+    with pytest.raises(ValueError, match="w.pth cannot be read"):
+        searcher.image(tmp_path / "w.pth", 1)
+
+
+def test_texts_for_a_picture_come_by_matching_then_by_contrast(indexed, tmp_path, blip):
+    """--rerank says how many are matched, 0 is contrast alone."""
+    path, texts = indexed / "pictures" / "2.png", ["a dog", "a cat on a table", "red", "two women running", "a ball"]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    cosine, score = blip.similarity(path, texts)[0], blip.score(path, texts)[0]
+    near = cosine.argsort(descending=True).tolist()
+    searcher = Searcher(IndexFolder(indexed / "index"), blip)
+    for rerank, top in ((0, 4), (2, 4), (3, 2), (9, 9)):
+        args = Namespace(image=path, texts=tmp_path / "texts.txt", top=top, rerank=rerank)
+        lines = program.rank_texts(searcher, args)
+        order = sorted(near[:rerank], key=lambda i: -float(score[i])) + near[rerank:]
+        assert [line.rpartition("  ")[2] for line in lines] == [texts[i] for i in order[:top]]
+        assert [line for line in lines if "P(match)" in line] == lines[:rerank]
+
+
 def test_an_archive_equals_a_folder(tmp_path, blip):
     root = some_pictures(tmp_path / "pictures")
     with zipfile.ZipFile(tmp_path / "p.zip", "w") as file:
@@ -196,6 +308,25 @@ def test_an_archive_equals_a_folder(tmp_path, blip):
     update_index(index, blip)
     vectors = {path: values[3] for path, values in contents(index).items()}
     assert vectors == {path: values[3] for path, values in fresh(tmp_path, root, blip).items()}
+
+
+def test_members_of_an_archive_that_cannot_be_read_are_recorded(tmp_path, blip):
+    archive = tmp_path / "p.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        for path in sorted(some_pictures(tmp_path / "pictures", 4).iterdir()):
+            file.write(path, path.name)
+    tear(archive, "1.png")
+    data = bytearray(archive.read_bytes())
+    for name, at, value in ((b"2.png", 8, 1), (b"3.png", 10, 97)):  # encrypted; of an unknown compression
+        data[data.rindex(name) - 46 + at] = value  # in the central directory
+    archive.write_bytes(data)
+    index = new_index(tmp_path / "index", archive)
+    for _ in range(2):
+        update_index(index, blip)
+        errors = {entry.name: entry.error or "" for entry in index.entries().values()}
+        assert errors.pop("0.png") == "" and list(errors) == ["1.png", "2.png", "3.png"]
+        for error, said in zip(errors.values(), ("while decompressing", "encrypted", "not supported"), strict=True):
+            assert said in error
 
 
 def test_a_kill_at_any_write_loses_no_more_than_that_write(tmp_path, weights):
@@ -432,6 +563,28 @@ def indexed(tmp_path_factory, weights) -> Path:
     return folder
 
 
+def test_folders_and_pictures_whose_names_are_no_text(tmp_path, weights, capsysbinary):
+    """They are printed with their odd bytes written out; also as the reason why a picture cannot be read."""
+    root = Path(os.fsdecode(os.fsencode(tmp_path) + b"/latin \xe4"))
+    some_pictures(root, 2)
+    for name in (b"broken \xe4.png", b"dangling \xe4.png"):
+        path = Path(os.fsdecode(os.fsencode(root) + b"/" + name))
+        if name.startswith(b"broken"):
+            path.write_bytes(b"nothing")
+        else:
+            path.symlink_to(tmp_path / "nowhere")
+    index = str(root / "index")
+    assert program.main(["index", str(weights), str(root), index, "--device", "cpu"]) == 0
+    assert program.main(["status", index]) == 0
+    printed = capsysbinary.readouterr().out.decode()
+    assert printed.count("2 pictures of") == 2 and "latin \\udce4" in printed
+    assert "2 pictures cannot be read" in printed and "ing \\udce4.png" in printed
+    assert program.main(["query", index, "--image", str(root / "1.png")]) == 0
+    assert program.main(["export", index, str(root / "v.npy")]) == 0
+    printed = capsysbinary.readouterr().out.decode()
+    assert "like " in printed and printed.count("latin \\udce4") == 2
+
+
 def test_index_query_status_and_export(indexed, capsys, tmp_path):
     index = str(indexed / "index")
     assert program.main(["query", index, "a red dog", "--top", "3", "--rerank", "4", "--json"]) in (0, 1)
@@ -465,7 +618,41 @@ def test_status_tells_of_an_interrupted_run(indexed, tmp_path, capsys):
     writer.note([index_module.Entry(b"x.png", 1, 1, b"d", error="broken")])
     writer.close()
     assert program.main(["status", str(tmp_path / "index")]) == 0
-    assert "1 pictures of a run that is going on, or was interrupted" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1 pictures of a run that is going on, or was interrupted" in printed and "wait for it, or run" in printed
+
+
+HOLD = "import sys, time, filelock as f; k = f.FileLock(sys.argv[1]); k.acquire(); print(1, flush=True); time.sleep(99)"
+
+
+def test_a_second_writer_is_refused_and_a_killed_one_leaves_no_lock(indexed, tmp_path, capsys):
+    folder = tmp_path / "index"
+    shutil.copytree(indexed / "index", folder)
+    writer = index_module.PartWriter(folder)  # of the command that holds the lock
+    writer.note([index_module.Entry(b"x.png", 1, 1, b"d", error="broken")])
+    command, args = [sys.executable, "-c", HOLD, str(folder / index_module.LOCK)], ["update", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None and holder.stdout.readline() == "1\n"
+            assert program.main(args) == 2
+            assert f"{folder}: another process is writing this index: wait" in capsys.readouterr().err
+            assert list(folder.glob("part_*.jsonl")) and b"x.png" not in IndexFolder(folder).entries()
+        finally:
+            holder.kill()
+    writer.close()
+    assert program.main(args) == 0 and "8 pictures of" in capsys.readouterr().out
+    assert not list(folder.glob("part_*.jsonl"))
+
+
+def test_every_process_of_a_launch_learns_that_another_one_writes(tmp_path, monkeypatch):
+    index = new_index(tmp_path / "index", tmp_path)
+    monkeypatch.setattr(indexing, "is_main", lambda: False)
+    with indexing.only_writer(index):
+        pass
+    assert not (tmp_path / "index" / index_module.LOCK).exists()  # the first process alone takes it
+    monkeypatch.setattr(indexing, "from_main", lambda value: ["another process is writing"])
+    with pytest.raises(ValueError, match="another process is writing"), indexing.only_writer(index):
+        pass
 
 
 def test_other_weights_and_roots_are_refused(indexed, tmp_path, capsys):

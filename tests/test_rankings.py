@@ -1,6 +1,8 @@
 """Kept rankings: places and best candidates against a plain sort, Recall read back, files, and who writes them."""
 
 import json
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,6 +88,24 @@ def test_files_that_are_none_are_explained(tmp_path, content):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ValueError, match="ranking_test.npz: .*evaluate"):
+        load_rankings(path)
+
+
+def tear(archive: Path, name: str) -> None:
+    """Damage the first byte of a member that is deflated, so that zlib cannot go on."""
+    with zipfile.ZipFile(archive) as file:
+        start = file.getinfo(name).header_offset
+    data = bytearray(archive.read_bytes())
+    start += 30 + sum(int.from_bytes(data[start + at : start + at + 2], "little") for at in (26, 28))  # name, extra
+    data[start] = 0xFF
+    archive.write_bytes(data)
+
+
+def test_a_damaged_file_is_explained(tmp_path):
+    ranking, table = random_ranking(3)
+    path = save_rankings(tmp_path, keep(ranking, table, "test"), {})
+    tear(path, "images.npy")
+    with pytest.raises(ValueError, match="ranking_test.npz: .*damaged .*evaluate again"):
         load_rankings(path)
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data.images import ImageStore
 from models import load
 from reports import serve
 from reports.hits import write_page
@@ -23,6 +24,7 @@ from retrieval.index import IndexFolder
 from retrieval.indexing import update_index
 from retrieval.search import Searcher, as_json
 from tests.conftest import tiny_med, tiny_model
+from tests.test_images import deep, png_stating
 from tests.test_index import new_index, picture, some_pictures
 
 TestClient = pytest.importorskip("starlette.testclient", reason="pip install -r requirements-search.txt").TestClient
@@ -129,19 +131,33 @@ def test_bad_bodies_are_explained(client, body):
     assert answer.status_code == 400 and answer.json()["error"]
 
 
-def test_uploads_are_bounded_in_bytes_and_pixels(client, monkeypatch):
-    bomb = io.BytesIO()
+def test_uploads_are_bounded_in_bytes_and_pixels(client, searcher, monkeypatch):
+    bomb, whole, floats = io.BytesIO(), io.BytesIO(), io.BytesIO()
     Image.new("1", (9000, 9000)).save(bomb, "PNG")  # 81 million pixels in 10 kB
-    whole = io.BytesIO()
     picture(1, 64).save(whole, "JPEG")
+    Image.new("F", (8, 8)).save(floats, "TIFF")
     for data, said in ((bomb.getvalue(), "9000 x 9000 pixels are too many"), (b"<script>", "not a picture"),
-                       (whole.getvalue()[:700], "not a picture, or a broken one"), (b"", "not a picture")):  # fmt: skip
+                       (whole.getvalue()[:700], "not a picture, or a broken one"), (b"", "not a picture"),
+                       (floats.getvalue(), "floating-point pixels")):  # fmt: skip
         answer = client.post("/similar", content=data)
         assert answer.status_code == 400 and said in answer.json()["error"]
     monkeypatch.setattr(serve, "MAX_UPLOAD", 1000)
     answer = client.post("/similar", content=b"x" * 2000)
     assert answer.status_code == 400 and "too large" in answer.json()["error"]
-    assert decode(whole.getvalue()).size == (68, 64)
+    assert decode(whole.getvalue(), searcher.store).size == (68, 64)
+
+
+def test_an_upload_has_the_pixels_of_the_file_in_the_index(tmp_path):
+    """Also where the file says more than its pixels: which way is up, how many of the bits mean something."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(1).save(tmp_path / "turned.jpg", exif=exif)
+    (tmp_path / "states.png").write_bytes(png_stating(12, deep(12)))
+    Image.fromarray(deep(12)).save(tmp_path / "states.tif", tiffinfo={281: 4095})
+    store = ImageStore(tmp_path, upright=True)
+    for name in ("turned.jpg", "states.png", "states.tif"):
+        image = decode((tmp_path / name).read_bytes(), store)
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(store.load(name)))
 
 
 def test_hosts_that_a_browser_sends():
