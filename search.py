@@ -224,8 +224,10 @@ def rank_texts(searcher: "Searcher", args: argparse.Namespace) -> list[str]:
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file that are not empty."""
+    from data.keys import caption_lines
+
     try:
-        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = caption_lines(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not text in UTF-8: save it as UTF-8") from None
     if not lines:

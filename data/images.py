@@ -91,7 +91,7 @@ class ImageStore:
                 lost = "depth" if image.mode.startswith("I") else "alpha" if image.has_transparency_data else ""
                 rgb = self.as_rgb(image)
                 return rgb, "" if lost == "alpha" and self.rule.flatten_alpha else lost
-        except (KeyError, FileNotFoundError):
+        except FileNotFoundError:
             raise ValueError(f"image {name} is missing from image_root {self.root}") from None
         except UnidentifiedImageError:
             raise ValueError(
@@ -127,11 +127,15 @@ class ImageStore:
         return self.archive.open(name) if self.is_zip else open(self.root / name, "rb")
 
     def _open(self, name: str) -> io.BytesIO | Path:
+        """What Pillow opens; FileNotFoundError, and no KeyError, which Pillow itself raises for odd files."""
         if not self.shards:
             name = self._spelt(name)
         if not self.shards and not self.is_zip:
             return self.root / name
-        size = self.shards.size(name) if self.shards else self.archive.getinfo(name).file_size
+        try:
+            size = self.shards.size(name) if self.shards else self.archive.getinfo(name).file_size
+        except KeyError:
+            raise FileNotFoundError(name) from None
         if size > MAX_BYTES:
             raise Image.DecompressionBombError(f"it unpacks to {size} bytes, {MAX_BYTES} at most")
         return io.BytesIO(self.shards.read(name) if self.shards else self.archive.read(name))

@@ -160,7 +160,11 @@ def test_palette_with_transparency_animation_and_one_pixel(folder):
 def test_unreadable_images_are_named(folder, tmp_path, zipped):
     whole = io.BytesIO()
     Image.fromarray(noise(0, (64, 64, 3))).save(whole, "JPEG")
+    tiff, compression = io.BytesIO(), lambda kind: struct.pack("<HHIHH", 259, 3, 1, kind, 0)
+    Image.fromarray(noise(0, (8, 8, 3))).save(tiff, "TIFF")
+    assert compression(1) in tiff.getvalue()
     bad = {
+        "scan.tif": tiff.getvalue().replace(compression(1), compression(34712)),  # JPEG 2000: Pillow's KeyError
         "cut.jpg": whole.getvalue()[:700],
         "empty.png": b"",
         "page.jpg": b"<!DOCTYPE html><html>404</html>",
