@@ -7,7 +7,7 @@ With two or more GPUs, write `python -m torch.distributed.run --nproc_per_node=2
 `--check` looks at everything that could go wrong later and writes nothing. A run folder gets `config.yaml`, `log.txt`
 (one JSON row an evaluation), `steps.jsonl`, `console.log`, perhaps `nonfinite_batch.txt`, `checkpoint_best.pth` (best
 validation r_mean, the published layout) and the last states for `--resume`. `--evaluate` writes `evaluate.txt`, two
-`ranking_*.npz`, and `config.yaml` where there is none.
+`ranking_*.npz`, and `config.yaml` unless it is a run's.
 """
 
 import argparse

@@ -49,7 +49,7 @@ def init_distributed(device: str = "auto") -> torch.device:
     number = int(device.partition(":")[2] or 0) if re.fullmatch(r"cpu|cuda(:\d+)?", device) else -1
     if not 0 <= number < max(1, torch.cuda.device_count()):
         raise ValueError(f"--device {device}: there is no such device. Use cpu, cuda, or cuda:N of a GPU that exists.")
-    if ":" in device and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+    if ":" in device and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1 and torch.cuda.device_count() > 1:
         raise ValueError(f"--device {device}: all processes of this machine would share it. Use --device cuda.")
     if device == "cuda":
         local, present = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()

@@ -37,8 +37,19 @@ def require_new(path: Path) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write to; it becomes `folder` in the end, or nothing is left of it. ValueError as `require_new`."""
+    """A folder to write to; it becomes `folder` in the end, or nothing is left of it. ValueError as `require_new`.
+
+    An empty one that is there stays and is filled: it may be a mount, or have owners and rights.
+    """
     require_new(folder)
+    if folder.exists():
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".part") as part:
+            yield Path(part)
+            if len(list(folder.iterdir())) > 1:
+                raise ValueError(f"{folder}: something else has been written there meanwhile; name a new one.")
+            for file in sorted(Path(part).iterdir()):
+                os.replace(file, folder / file.name)
+        return
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.part") as part:
@@ -46,8 +57,6 @@ def new_folder(folder: Path) -> Iterator[Path]:
         made.mkdir()
         yield made
         require_new(folder)
-        if folder.exists():
-            folder.rmdir()
         os.replace(made, folder)
 
 

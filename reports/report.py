@@ -266,7 +266,8 @@ def require_evaluated(sha256: str, run: Path, rankings: Rankings) -> None:
         evaluated = row.get("checkpoint") or row.get("checkpoint_kind") or "other weights"
         raise ValueError(
             f"{rankings_file(run, rankings.split)}: what was evaluated is {evaluated}, but heatmaps would be of the "
-            f"weights in {run}, which are others: evaluate these again (--evaluate), or leave out --heatmaps."
+            f"weights in {run}, which are others or had another image_size: evaluate these again (--evaluate), or "
+            "leave out --heatmaps."
         )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from checkpoints.load import load_pretrained
+from checkpoints.runs import BEST, find_runs
 from configs.schema import RetrievalConfig, save_config
 from data.annotations import Annotations
 from data.loaders import eval_image_loader, worker_died
@@ -30,7 +31,7 @@ def evaluate_only(
 ) -> None:
     """Load the weights, evaluate the splits, append one JSON line to `evaluate.txt` in `folder`, and keep the rankings.
 
-    A folder without `config.yaml` gets this one, from which reports know where the pictures are.
+    Unless it is the folder of a run, its `config.yaml` becomes this one: reports learn there where the pictures are.
     `weights`: the checkpoint ('' = random weights) and why it is this one. Stopped with the words for the user when a
     stop signal came; the folder is then as it was.
     """
@@ -61,7 +62,7 @@ def evaluate_only(
         record(folder / "evaluate.txt", row)
         for rankings in kept:
             save_rankings(folder, rankings, row)
-        if not (folder / "config.yaml").exists():
+        if not (find_runs(folder) or any((folder / name).exists() for name in (BEST, "log.txt"))):
             save_config(cfg, folder / "config.yaml")
 
 

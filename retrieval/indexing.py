@@ -3,18 +3,19 @@
 A picture is unchanged if size and time are, else if its digest is. A file that could not be opened has no digest, and
 is tried again each time. A picture with the digest of another, moved or a copy, shares that one's vector. What is gone
 leaves the index. A root that is missing or empty is refused: it is far more likely a disk that is not mounted than a
-wish to delete everything. A folder in it that cannot be read is refused, too: what it holds is not gone.
+wish to delete everything. So is a folder in it that cannot be read and holds pictures of the index.
 """
 
 import hashlib
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import TypeVar, cast
 
 from filelock import FileLock, Timeout
 from PIL import Image
@@ -24,9 +25,10 @@ from data.images import ImageStore
 from models.loading import Blip
 from retrieval.index import LOCK, Entry, IndexFolder, PartWriter
 from retrieval.search import printable
-from utils import Progress, barrier, from_main, get_rank, get_world_size, is_main, never_stop
+from utils import Progress, Stopped, barrier, from_main, get_rank, get_world_size, is_main, never_stop
 
 log = logging.getLogger("blip")
+T = TypeVar("T")
 
 PICTURES = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".gif", b".tif", b".tiff")
 BATCH = 32
@@ -55,15 +57,15 @@ def only_writer(index: IndexFolder) -> Iterator[None]:
 
     The first process holds the lock, which ends with it, also when it is killed.
     """
-    lock, problem = FileLock(index.folder / LOCK), ""
-    if is_main():
+    lock = FileLock(index.folder / LOCK)
+
+    def take() -> None:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            problem = f"{index.folder}: another process is writing this index: wait for it to end."
-    (problem,) = from_main([problem])
-    if problem:
-        raise ValueError(problem)
+            raise ValueError(f"{index.folder}: another process is writing this index: wait for it to end.") from None
+
+    shared(take)
     try:
         yield
     finally:
@@ -80,7 +82,7 @@ def update_index(index: IndexFolder, blip: Blip, verify: bool = False, poll: Cal
     if is_main() and (count := index.merge_journals()):
         log.info("%d pictures that an earlier, interrupted run had done", count)
     store = index.pictures(blip.rule)
-    plan = from_main([make_plan(store, index.entries(), verify, poll) if is_main() else Plan()])[0]
+    plan = shared(lambda: make_plan(store, index.entries(), verify, poll))
     if is_main():
         log.info("%s: %s", store.root, plan)
         index.change(plan.put)
@@ -93,9 +95,28 @@ def update_index(index: IndexFolder, blip: Blip, verify: bool = False, poll: Cal
     return plan
 
 
-def listing(store: ImageStore) -> dict[bytes, tuple[int, int]]:
-    """Size and time of every picture by its path; ValueError when there is none, or a folder cannot be read."""
+def shared(work: Callable[[], T]) -> T:
+    """What `work` gives on rank 0, or the error or the stop that it ends in, on every process."""
+    outcome: T | ValueError | OSError | Stopped | None = None
+    if is_main():
+        try:
+            outcome = work()
+        except (ValueError, OSError, Stopped) as error:
+            outcome = error
+    (outcome,) = from_main([outcome])
+    if isinstance(outcome, ValueError | OSError | Stopped):
+        raise outcome
+    return cast(T, outcome)
+
+
+def listing(store: ImageStore, known: Iterable[bytes] = ()) -> dict[bytes, tuple[int, int]]:
+    """Size and time of every picture by its path; ValueError when there is none.
+
+    A folder that cannot be read is left out with a warning; ValueError if it holds some of the `known` pictures, which
+    would count as gone.
+    """
     found: dict[bytes, tuple[int, int]] = {}
+    unreadable: list[OSError] = []
     if store.shards:
         for member, size, time_ns in store.shards.listing():
             if os.fsencode(member).lower().endswith(PICTURES):
@@ -108,7 +129,7 @@ def listing(store: ImageStore) -> dict[bytes, tuple[int, int]]:
                 found[path] = info.file_size, int(time * 1e9)
     else:
         root = os.fsencode(store.root)
-        for folder, folders, files in os.walk(root, onerror=refuse_folder):
+        for folder, folders, files in os.walk(root, onerror=unreadable.append):
             folders.sort()
             for name in sorted(files):
                 path = os.path.join(folder, name)
@@ -121,25 +142,23 @@ def listing(store: ImageStore) -> dict[bytes, tuple[int, int]]:
                     continue
                 if stat.S_ISREG(state.st_mode):
                     found[os.path.relpath(path, root)] = state.st_size, state.st_mtime_ns
+    for error in unreadable:
+        words = f"{printable(os.fsdecode(error.filename))}: this folder cannot be read ({error.strerror})"
+        within = os.path.relpath(os.fsencode(error.filename), os.fsencode(store.root)) + b"/"
+        if any(path.startswith(within) for path in known):
+            raise ValueError(f"{words}, and pictures of it are in the index: nothing is changed. Make it readable.")
+        log.warning("warning: %s: it is left out", words)
     if not found:
         kinds = ", ".join(kind.decode() for kind in PICTURES)
         raise ValueError(f"{store.root}: no pictures there ({kinds}): nothing is changed. Is the disk mounted?")
     return found
 
 
-def refuse_folder(error: OSError) -> None:
-    """ValueError for a folder that cannot be listed: its pictures would count as gone."""
-    raise ValueError(
-        f"{os.fsdecode(error.filename)}: this folder cannot be read ({error.strerror}): nothing is changed. Make it "
-        "readable, or move it elsewhere."
-    ) from None
-
-
 def make_plan(
     store: ImageStore, known: dict[bytes, Entry], verify: bool = False, poll: Callable[[], None] = never_stop
 ) -> Plan:
     """Compare what is there with what is known."""
-    plan, there = Plan(), listing(store)
+    plan, there = Plan(), listing(store, known)
     by_digest = {entry.digest: entry for entry in known.values() if entry.part is not None}
     changed = [
         path for path, stat in there.items()

@@ -258,17 +258,30 @@ def test_how_captions_and_pixels_are_read_goes_along(tmp_path):
         assert blip.transform.transforms[-1].mean == [0.5] * 3
 
 
-def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("there", [False, True])
+def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch, there):
+    """An empty folder that is there, as a mount may be, is filled and not replaced."""
     model = tiny_model(med_config=tiny_med(**SMALL))
     source = save(tmp_path / "a.pth", model, **with_config(model))
+    if there:
+        (tmp_path / "hf").mkdir(mode=0o750)
+        state = (tmp_path / "hf").stat()
 
     def full(tensors, path, metadata):
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("checkpoints.huggingface.save_file", full)
-    assert main(["export", source, str(tmp_path / "hf")]) == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+    with monkeypatch.context() as patch:
+        patch.setattr("checkpoints.huggingface.save_file", full)
+        assert main(["export", source, str(tmp_path / "hf")]) == 2
+    left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
+    assert left == (["a.pth", "hf"] if there else ["a.pth"])
+    assert main(["export", source, str(tmp_path / "hf")]) == 0
+    names = {path.name for path in (tmp_path / "hf").iterdir()}
+    assert {"model.safetensors", "config.json", "README.md"} <= names and not any(n.startswith(".") for n in names)
+    if there:
+        now = (tmp_path / "hf").stat()
+        assert (now.st_ino, now.st_mode) == (state.st_ino, state.st_mode)
 
 
 def test_transformers_processor_prepares_the_same_inputs(tmp_path):

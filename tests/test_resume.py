@@ -151,6 +151,16 @@ def test_a_run_that_lost_its_best_weights_keeps_the_next_and_a_finished_one_says
     assert lines(tiny_run / "out" / "log.txt")[-1]["best_epoch"] == 1
 
 
+def test_processes_that_find_different_saves_do_not_train_together(tiny_run, capsys, monkeypatch):
+    """As where two machines do not share the folder."""
+    assert run(tiny_run, "--set", "max_epoch=1") == 0
+    before = {path: path.read_bytes() for path in (tiny_run / "out").iterdir()}
+    monkeypatch.setattr("training.loop.gather_names", lambda names: [*names, "None"])
+    assert run(tiny_run, "--resume", "auto", "--set", "max_epoch=2") == 2
+    assert "not every process finds the same save: all must see" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tiny_run / "out").iterdir()} == before
+
+
 @pytest.mark.slow
 def test_the_launcher_restarts_a_killed_rank_and_the_job_recovers(tiny_run):
     text = json.loads((tiny_run / "med.json").read_text())

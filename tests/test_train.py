@@ -110,14 +110,15 @@ def test_evaluate_writes_its_result_and_nothing_else(tiny_run):
     assert {key: result[key] for key in trained.keys() - other} == {key: trained[key] for key in trained.keys() - other}
 
 
-def test_the_first_evaluation_of_a_folder_writes_its_config(tiny_run):
-    """It names the folder from then on, later evaluations leave it, and a training run writes its own."""
+def test_an_evaluation_writes_its_config_unless_the_folder_is_a_runs(tiny_run):
+    """It goes with the newest rankings, and names the folder; a training run writes its own, which then stays."""
     config = tiny_run / "out" / "config.yaml"
     for k_test in (3, 4):
         assert run(tiny_run, "--evaluate", "--random_weights", "--set", f"k_test={k_test}") == 0
-        assert load_config(config).k_test == 3
+        assert load_config(config).k_test == k_test
     assert train_retrieval.parse_args(["--config", str(config)]).output_dir == tiny_run / "out"
     assert run(tiny_run, "--set", "max_epoch=1") == 0
+    assert run(tiny_run, "--evaluate", "--set", "k_test=5") == 0
     assert (load_config(config).k_test, load_config(config).max_epoch) == (64, 1)
 
 

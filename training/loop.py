@@ -38,6 +38,7 @@ from utils import (
     barrier,
     broadcast_model,
     from_main,
+    gather_names,
     generator,
     get_rank,
     get_world_size,
@@ -277,6 +278,8 @@ def start_run(
     """The state to start from: that of a save (`--resume`), or step 0 with weights of `pretrained` or random ones."""
     cfg, folder, source = job.cfg, job.folder, job.args.resume
     state = resume(source, folder, model, optimizer, job.config) if source else None
+    if len({*gather_names([str(state and (state.epoch, state.step))])}) > 1:
+        raise ValueError(f"--resume {source}: not every process finds the same save: all must see {folder} alike.")
     if state:
         require_best(state, cfg, folder, steps)
     elif source and is_main():
