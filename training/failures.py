@@ -23,7 +23,7 @@ TABLE = (
     (
         GPU_MEMORY,
         "the GPU's memory is full at batch_size_train {batch_size_train}: lower it (it is the micro-batch: the method "
-        "stays the same), or set vit_grad_ckpt true, or precision bf16; --dry_run finds the largest that fits. In an "
+        "stays the same), or raise vit_ckpt_layer (with vit_grad_ckpt true), or set precision bf16; --dry_run finds the largest that fits. In an "
         "evaluation, lower batch_size_test or rerank_tokens. nvidia-smi shows other programs on this GPU." + RESUME,
     ),
     (

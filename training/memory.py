@@ -74,7 +74,7 @@ def _measure_gpu(
         available = free_gpu_memory(device)
         raise ValueError(
             f"batch_size_train {micro_batch} does not fit into {available / 1e9:.1f} GB of free GPU memory: lower it "
-            "(it is the micro-batch: the method stays the same), or set vit_grad_ckpt true, or precision bf16. "
+            "(it is the micro-batch: the method stays the same), or raise vit_ckpt_layer (with vit_grad_ckpt true), or set precision bf16. "
             "--dry_run finds the largest that fits."
         )
     graph, peak = measured
