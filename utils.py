@@ -29,6 +29,7 @@ log = logging.getLogger("blip")
 PRINT_SECONDS = 10.0  # between lines of progress
 NAMED_IMAGES = 10  # of a step, in an error message
 BUCKET_BYTES = 64 << 20  # of gradients that are averaged in one call
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")  # on Linux, where a driver is loaded
 
 # ---- processes ----------------------------------------------------------------------------------------------------
 
@@ -44,7 +45,8 @@ def init_distributed(device: str = "auto") -> torch.device:
         raise ValueError(f"--device {device}: Apple's GPUs are not supported. Use --device cpu.")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
-            f"--device {device}: this PyTorch sees no CUDA device. Use --device cpu or install a CUDA build."
+            f"--device {device}: this PyTorch sees no CUDA device. "
+            f"{unused_driver() or 'Use --device cpu or install a CUDA build.'}"
         )
     number = int(device.partition(":")[2] or 0) if re.fullmatch(r"cpu|cuda(:\d+)?", device) else -1
     if not 0 <= number < max(1, torch.cuda.device_count()):
@@ -67,6 +69,17 @@ def init_distributed(device: str = "auto") -> torch.device:
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         _join(torch.device(device))
     return torch.device(device)
+
+
+def unused_driver() -> str:
+    """What to do where there is an NVIDIA driver that this PyTorch cannot use; '' where that is not so."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "unset") in ("", "-1")
+    if torch.cuda.is_available() or hidden or not (torch.version.cuda and NVIDIA_DRIVER.exists()):
+        return ""
+    return (
+        f"There is an NVIDIA driver, but it is too old for this PyTorch's CUDA {torch.version.cuda}, or gives this "
+        "process no GPU: update the driver, install a PyTorch for an older CUDA, or say --device cpu."
+    )
 
 
 def _join(device: torch.device) -> None:

@@ -42,7 +42,7 @@ from models.blip_retrieval import BLIP_Retrieval
 from training.compilation import compile_encoders
 from training.dry_run import hardware, synthetic_batch, synthetic_captions
 from training.failures import gpu_memory_is_full
-from training.memory import auto_keep_graphs, pool_of_texts
+from training.memory import TooLarge, auto_keep_graphs, pool_of_texts
 from training.step import Negatives, RetrievalStep, train_step
 from transform.text import VOCAB_SIZE, TokenizedText
 from utils import memory_mb, precision
@@ -304,28 +304,34 @@ def whole_step(
 
 
 def measure(ways: list[Way], args: argparse.Namespace, device: torch.device) -> None:
-    """Rounds over all ways, so that a slow spell of the machine meets all of them."""
-    cuda = device.type == "cuda"
-    for turn in range(-args.warm_up, args.steps):
-        for way in (w for w in ways if not w.too_large):
+    """On a CPU rounds over all ways, so that a slow spell of the machine meets all of them.
+
+    On a GPU one way after the other: what one leaves in the allocator's cache would be given back within the time of
+    the next one, which has blocks of other sizes.
+    """
+    cuda, turns = device.type == "cuda", range(-args.warm_up, args.steps)
+    order = ((turn, way) for way in ways for turn in turns) if cuda else ((turn, way) for turn in turns for way in ways)
+    for turn, way in order:
+        if way.too_large:
+            continue
+        if cuda:
+            if turn == turns[0]:
+                torch.cuda.empty_cache()
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        start = time.perf_counter()
+        try:
+            way.run()
             if cuda:
                 torch.cuda.synchronize(device)
-                torch.cuda.reset_peak_memory_stats(device)
-            start = time.perf_counter()
-            try:
-                way.run()
-                if cuda:
-                    torch.cuda.synchronize(device)
-            except RuntimeError as error:
-                if not gpu_memory_is_full(error):
-                    raise
-                way.too_large = True
-            if turn >= 0 and not way.too_large:
-                way.seconds.append((time.perf_counter() - start) * args.batch / way.samples)
-                others = {id(w.optimizer): w.optimizer for w in ways if w.optimizer is not way.optimizer}
-                way.megabytes = memory_mb(device) - sum(map(state_megabytes, others.values()))
-        if cuda and any(way.too_large for way in ways):
-            torch.cuda.empty_cache()
+        except (RuntimeError, TooLarge) as error:
+            if not (isinstance(error, TooLarge) or gpu_memory_is_full(error)):
+                raise
+            way.too_large = True
+        if turn >= 0 and not way.too_large:
+            way.seconds.append((time.perf_counter() - start) * args.batch / way.samples)
+            others = {id(w.optimizer): w.optimizer for w in ways if w.optimizer is not way.optimizer}
+            way.megabytes = memory_mb(device) - sum(map(state_megabytes, others.values()))
 
 
 def state_megabytes(optimizer: torch.optim.Optimizer) -> float:

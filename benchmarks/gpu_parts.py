@@ -23,10 +23,11 @@ from retrieval.scoring import score_pairs
 from training.dry_run import Trial, fitting_micro_batch, synthetic_batch
 from training.memory import auto_keep_graphs
 from training.schedule import build_optimizer
-from utils import memory_mb, precision
+from utils import choose_precision, memory_mb, precision
 
 ROOT = Path(__file__).parent.parent
 Emit = Callable[..., None]  # one row, as keywords
+GRADIENT_BOUND = {"fp32": 1e-3, "tf32": 0.05, "bf16": 0.2}  # relative, of the whole gradient
 
 
 class Sizes(NamedTuple):
@@ -62,7 +63,8 @@ TOY = Sizes(
 def checks(sizes: Sizes, device: torch.device, emit: Emit) -> None:
     """The tests of `tests/test_device.py` on this device."""
     environment = {**os.environ, "TEST_DEVICE": str(device)}
-    environment.setdefault("CUDA_VISIBLE_DEVICES", "0")  # which the tests would hide
+    if device.type == "cuda" and "CUDA_VISIBLE_DEVICES" not in environment:  # the tests would hide it
+        environment |= {"CUDA_VISIBLE_DEVICES": str(device.index or 0), "TEST_DEVICE": "cuda:0"}
     command = [sys.executable, "-m", "pytest", "-v", "--tb=line", "-p", "no:cacheprovider", "-o", "addopts="]
     command += ["tests/test_device.py", *(["-k", sizes.tests] if sizes.tests else [])]
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
@@ -81,29 +83,41 @@ def checks(sizes: Sizes, device: torch.device, emit: Emit) -> None:
 
 
 def evaluation(sizes: Sizes, device: torch.device, emit: Emit) -> None:
-    """A whole split in the default precision; Recall against float32 on a part; the slow ways on a small gallery."""
+    """Recall against float32 on a part of a split; the slow ways on a small gallery; last the whole split.
+
+    In the default precision. RuntimeError in the end if a Recall differs.
+    """
+    default = default_precision(device)
     args = bench_evaluate.parse_args(
-        ["--device", str(device), "--precision", "bf16", "--vit", sizes.vit, "--image_size", str(sizes.image_size),
+        ["--device", str(device), "--precision", default, "--vit", sizes.vit, "--image_size", str(sizes.image_size),
          "--med_config", sizes.med_config, "--k", str(sizes.k), "--rerank_tokens", str(sizes.rerank_tokens[0])]
     )  # fmt: skip
     args.images, args.small, args.ablation_pairs = min(64, sizes.part[0]), sizes.small, 16 * sizes.small[0]
     model = BLIP_Retrieval(args.med_config, args.image_size, args.vit, queue_size=64).to(device).eval()
     with torch.inference_mode():
-        rank_split(model, (args.small[0], 4 * args.small[1]), "bf16", args, device)  # warms up
-        emit(**rank_split(model, sizes.gallery, "bf16", args, device)[0])
+        rank_split(model, (args.small[0], 4 * args.small[1]), default, args, device)  # warms up
         recall, args.k = {}, args.k // 2  # float32 takes its time
-        for name in ("bf16", "fp32"):
+        for name in dict.fromkeys((default, "fp32")):
             row, recall[name] = rank_split(model, sizes.part, name, args, device)
             emit(**row)
-        emit(what="Recall of bf16 against fp32", images=sizes.part[0], equal=recall["bf16"] == recall["fp32"])
-    del model
+        equal = recall[default] == recall["fp32"]
+        emit(what=f"Recall of {default} against fp32", images=sizes.part[0], equal=equal)
     args.gallery, args.k = sizes.gallery, sizes.k
     outcome = bench_evaluate.compare(args, device)
     for words, pairs, seconds, _ in outcome.rows:
         faster = {"x_published": outcome.rows[0][2] / seconds, "x_transformers": outcome.rows[1][2] / seconds}
-        emit(what=words.replace("*", ""), precision="bf16", pairs=pairs, split_seconds=seconds, **faster)
+        emit(what=words.replace("*", ""), precision=default, pairs=pairs, split_seconds=seconds, **faster)
     for line in outcome.lines:
         emit(what=line)
+    with torch.inference_mode():
+        emit(**rank_split(model, sizes.gallery, default, args, device)[0])
+    if not equal or any(line.startswith("this repository:") and "DIFFERENT" in line for line in outcome.lines):
+        raise RuntimeError("a Recall differs, see the rows")
+
+
+def default_precision(device: torch.device) -> str:
+    """That of evaluation, and of the first steps: bf16, but where a card has none and emulates it."""
+    return "fp32" if device.type == "cuda" and choose_precision("auto", device, True) != "bf16" else "bf16"
 
 
 def rank_split(
@@ -148,13 +162,22 @@ def step_args(sizes: Sizes, device: torch.device, precisions: Sequence[str]) -> 
     )  # fmt: skip
 
 
+def precisions_of(sizes: Sizes, device: torch.device) -> list[str]:
+    return [name for name in sizes.precisions if name != "bf16" or default_precision(device) == "bf16"]
+
+
 def training(sizes: Sizes, device: torch.device, emit: Emit) -> None:
-    """The published step and this one in each precision."""
-    args = step_args(sizes, device, sizes.precisions)
+    """The published step and this one in each precision; RuntimeError in the end if their gradients differ."""
+    precisions = precisions_of(sizes, device)
+    args = step_args(sizes, device, precisions)
     model = bench_train_step.build_model(args).to(device).train()
     batch = synthetic_batch(args.batch, args.image_size, model.text_encoder.config.vocab_size)
+    some = bench_train_step.first_samples(batch, args.compare, device)
+    apart = bench_train_step.compare_gradients(model, some, args)
+    for name, (whole, worst) in apart.items():
+        emit(step="gradient against published fp32", precision=name, differs=whole, worst_parameter=worst)
     ways, published = bench_train_step.all_ways(model, batch, args), {}
-    for name in sizes.precisions:
+    for name in precisions:
         some = [way for way in ways if way.precision == name]
         bench_train_step.measure(some, args, device)
         for way in some:
@@ -165,11 +188,13 @@ def training(sizes: Sizes, device: torch.device, emit: Emit) -> None:
         if "repository" in way.words and way.seconds:
             faster = {f"x_published_{name}": seconds / median(way.seconds) for name, seconds in published.items()}
             emit(step="how many times faster than published", precision=way.precision, **faster)
+    if any(whole > GRADIENT_BOUND[name] for name, (whole, _) in apart.items()):
+        raise RuntimeError("a gradient differs, see the rows")
 
 
 def compiled(sizes: Sizes, device: torch.device, emit: Emit) -> None:
     """This repository's step in the first precision with compiled encoders, which takes minutes to start."""
-    args = step_args(sizes, device, sizes.precisions[:1])
+    args = step_args(sizes, device, precisions_of(sizes, device)[:1])
     args.compile = True
     model = bench_train_step.build_model(args).to(device).train()
     batch = synthetic_batch(args.batch, args.image_size, model.text_encoder.config.vocab_size)
@@ -211,7 +236,7 @@ def limits(sizes: Sizes, device: torch.device, emit: Emit) -> None:
         try_tokens(model.eval(), sizes, device, emit)
     batch = synthetic_batch(sizes.batch, sizes.image_size, model.text_encoder.config.vocab_size)
     trial = Trial(model.train(), cfg, batch, build_optimizer(model, cfg), device)
-    for name in sizes.precisions[:2]:
+    for name in precisions_of(sizes, device)[:2]:
         with precision(model, name):
             size, words = fitting_micro_batch(trial, sizes.batch)
             emit(limit=words, precision=name)
@@ -226,13 +251,14 @@ def try_tokens(model: BLIP_Retrieval, sizes: Sizes, device: torch.device, emit: 
     image = np.repeat(np.arange(sizes.small[0]), sizes.pairs // sizes.small[0])
     text = np.arange(len(image)) % len(texts.lengths)
     for tokens in sizes.rerank_tokens:
-        with precision(model, "bf16"):
+        with precision(model, default_precision(device)):
             score_pairs(model, images, texts, image[: len(image) // 4], text[: len(image) // 4], tokens)  # warms up
             reset_peak(device)
             start = now(device)
             score_pairs(model, images, texts, image, text, tokens)
             rate = len(image) / (now(device) - start)
-        emit(limit=f"rerank_tokens {tokens}", precision="bf16", pairs_per_second=rate, peak_gb=memory_mb(device) / 1e3)
+        peak = {"pairs_per_second": rate, "peak_gb": memory_mb(device) / 1e3}
+        emit(limit=f"rerank_tokens {tokens}", precision=default_precision(device), **peak)
 
 
 def reset_peak(device: torch.device) -> None:
@@ -247,4 +273,4 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-PARTS = {"checks": checks, "evaluation": evaluation, "training": training, "limits": limits, "compiled": compiled}
+PARTS = {"checks": checks, "training": training, "limits": limits, "evaluation": evaluation, "compiled": compiled}

@@ -110,7 +110,8 @@ def death_of(workers: Sequence[Any], patience: float = 5.0) -> str:
 
 def worker_died(error: Exception) -> bool:
     """Whether this is what a DataLoader raises, at any moment, when a worker has ended."""
-    return isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
+    words = ("DataLoader worker (pid", "Pin memory thread exited")  # the second on a GPU, where that thread asks them
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in words)
 
 
 def _start_worker(_: int) -> None:

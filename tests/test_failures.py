@@ -82,6 +82,7 @@ WORDS = {
     "shm, path": (OSError(errno.ENOSPC, "No space left on device", "/dev/shm/torch_1"), ["--shm-size=8g"]),
     "shm, bus": (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It"), ["--shm-size=8g"]),
     "worker": (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), ["(pid(s) 7)", "num_workers 0"]),
+    "pinned memory": (RuntimeError("Pin memory thread exited unexpectedly"), ["images has died", "num_workers 0"]),
     "disk": (OSError(errno.ENOSPC, "No space left on device", "out/log.txt"), ["out/log.txt", "Make room", "whole"]),
     "driver": (RuntimeError("CUDA error: launch failure\nCompile with"), ["launch failure. ", "not from the config"]),
     "nccl": (torch.distributed.DistBackendError("NCCL error in: x.cpp:1\nlong"), ["NCCL error in: x.cpp:1. "]),

@@ -6,8 +6,9 @@ import sys
 from argparse import Namespace
 
 import pytest
+import torch
 
-from benchmarks import gpu_report
+from benchmarks import gpu_parts, gpu_report
 from tests import test_docs
 
 TOY = ["--device", "cpu", "--toy"]
@@ -32,14 +33,14 @@ def test_a_toy_report(tmp_path, monkeypatch):
     """The checks are left out: tests/test_device.py runs by itself. Nothing is compiled, as that takes minutes."""
     monkeypatch.setattr("benchmarks.bench_train_step.compile_encoders", lambda model: None)
     monkeypatch.setattr(gpu_report, "part_lines", in_this_process)
-    parts = ["evaluation", "training", "limits", "compiled"]
+    parts = ["training", "limits", "evaluation", "compiled"]
     assert gpu_report.main([*TOY, "--out", str(tmp_path), "--parts", *parts]) == 0
     got = report(tmp_path)
     for key in ("command", "code", "card", "date", "torch"):
         assert got[key], key
     rows = {name: part["rows"] for name, part in got["parts"].items()}
     assert list(rows) == parts and all(part["status"] == "done" for part in got["parts"].values())
-    whole = rows["evaluation"][0]
+    whole = rows["evaluation"][-1]
     assert (whole["images"], whole["captions"]) == (30, 90) and whole["pairs_per_second"] > 0
     (recall,) = [row for row in rows["evaluation"] if "equal" in row]
     assert recall["equal"]
@@ -47,12 +48,57 @@ def test_a_toy_report(tmp_path, monkeypatch):
     assert len(said) == 1 and "Recall equal" in said[0]
     steps = {(row["step"], row["precision"]): row for row in rows["training"] if "seconds" in row}
     assert {("published", "bf16"), ("this repository", "bf16"), ("this repository", "fp32")} <= steps.keys()
+    apart = {row["precision"]: row["differs"] for row in rows["training"] if "differs" in row}
+    assert apart.keys() == {"bf16", "fp32"} and apart["fp32"] < 1e-4 < apart["bf16"] < 0.2
     row = steps["this repository", "fp32"]
     assert row["images_per_second"] == pytest.approx(8 / row["seconds"])
     assert any("keep_graphs auto: 8 of 8" in row["limit"] for row in rows["limits"])
     assert [row["step"] for row in rows["compiled"]] == ["this repository, compiled"]
     page = next(tmp_path.glob("*.md")).read_text()
     assert "toy sizes" in page and "| this repository | bf16 |" in page and got["command"] in page
+
+
+def test_a_part_whose_results_are_wrong_has_failed(monkeypatch):
+    """The rows are there nevertheless."""
+    rows, right = [], gpu_parts.bench_train_step.compare_gradients
+    monkeypatch.setattr(gpu_parts.bench_train_step, "measure", lambda *_: None)
+    monkeypatch.setattr(gpu_parts.bench_train_step, "compare_gradients", lambda *a: right(*a) | {"fp32": (0.01, 0.5)})
+    with pytest.raises(RuntimeError, match="a gradient differs, see the rows"):
+        gpu_report.run_part("training", gpu_report.parse_args(TOY), rows.append)
+    assert [row["worst_parameter"] for row in rows if row.get("differs") == 0.01] == [0.5]
+    sets = iter([{"txt_r1": 1.0}, {"txt_r1": 2.0}, {"txt_r1": 1.0}])
+    monkeypatch.setattr(gpu_parts, "rank_split", lambda *_: ({"what": "encode and rank"}, next(sets, {})))
+    with pytest.raises(RuntimeError, match="a Recall differs, see the rows"):
+        gpu_report.run_part("evaluation", gpu_report.parse_args(TOY), rows.append)
+    assert [row["equal"] for row in rows if "equal" in row] == [False]
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((9, 0), ["bf16", "tf32", "fp32"]), ((7, 5), ["tf32", "fp32"])])
+def test_a_card_without_bfloat16_is_not_measured_in_it(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = torch.device("cuda")
+    assert gpu_parts.precisions_of(gpu_parts.Sizes(), device) == expected
+    assert gpu_parts.default_precision(device) == ("bf16" if "bf16" in expected else "fp32")
+
+
+@pytest.mark.parametrize("chosen", [None, "3"])
+def test_the_checks_see_the_card_that_was_named(monkeypatch, chosen):
+    started = []
+
+    class Done:
+        stdout, returncode = (), 0
+
+        def __init__(self, command, env, **_):
+            started.append((env["CUDA_VISIBLE_DEVICES"], env["TEST_DEVICE"]))
+
+        __enter__ = __exit__ = lambda self, *_: self
+
+    monkeypatch.setattr(subprocess, "Popen", Done)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    if chosen:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    gpu_parts.checks(gpu_parts.Sizes(), torch.device("cuda:1"), lambda **_: None)
+    assert started == [("3", "cuda:1") if chosen else ("1", "cuda:0")]
 
 
 def processes(monkeypatch, **code: str):

@@ -12,6 +12,7 @@ import torch
 from ruamel.yaml import YAML
 
 import train_retrieval
+import utils
 from checkpoints.load import LoadReport
 from configs.schema import load_config
 from data.findings import Findings
@@ -78,6 +79,18 @@ def test_processes_of_a_machine_do_not_share_one_gpu(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="--device cuda:1: all processes .* would share it. Use --device cuda"):
         init_distributed("cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("version", "hidden", "said"), [("13.0", False, True), ("13.0", True, False), (None, False, False)]
+)
+def test_a_driver_that_is_too_old_is_no_silent_run_on_the_cpu(tiny_run, capsys, monkeypatch, version, hidden, said):
+    monkeypatch.setattr(utils, "NVIDIA_DRIVER", tiny_run)  # something that exists
+    monkeypatch.setattr(torch.version, "cuda", version)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "") if hidden else monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert run(tiny_run, "--check", "--device", "auto") == 0
+    words = "this runs on the CPU. There is an NVIDIA driver, but it is too old for this PyTorch's CUDA 13.0"
+    assert (words in capsys.readouterr().out) == said
 
 
 def test_negatives_are_drawn_at_random_in_the_first_steps_alone(tiny_run, monkeypatch):

@@ -23,8 +23,9 @@ TABLE = (
     (
         GPU_MEMORY,
         "the GPU's memory is full at batch_size_train {batch_size_train}: lower it (it is the micro-batch: the method "
-        "stays the same), or raise vit_ckpt_layer (with vit_grad_ckpt true), or set precision bf16; --dry_run finds the largest that fits. In an "
-        "evaluation, lower batch_size_test or rerank_tokens. nvidia-smi shows other programs on this GPU." + RESUME,
+        "stays the same), or raise vit_ckpt_layer (with vit_grad_ckpt true), or set precision bf16; --dry_run finds "
+        "the largest that fits. In an evaluation, lower batch_size_test or rerank_tokens. nvidia-smi shows other "
+        "programs on this GPU." + RESUME,
     ),
     (
         r"Too many open files|received 0 items of ancdata",
@@ -43,7 +44,7 @@ TABLE = (
         "the micro-batch: the method stays the same), or close other programs." + RESUME,
     ),
     (
-        r"DataLoader worker \(pid",
+        r"DataLoader worker \(pid|Pin memory thread exited",
         "a process that loads images has died ({line}). The system may have ended it because memory ran out: lower "
         "num_workers {num_workers}; with num_workers 0 the cause is seen directly." + RESUME,
     ),

@@ -18,6 +18,10 @@ MARGIN = 0.9  # of the free GPU memory: the rest is lost to fragmentation and to
 CONTRAST_MATRICES = 8  # (m, Q) of float32, that the contrast of a micro-batch holds at its peak
 
 
+class TooLarge(ValueError):
+    """Not one micro-batch fits into the GPU's memory."""
+
+
 def auto_keep_graphs(
     model: BLIP_Retrieval,
     image_size: int,
@@ -31,7 +35,7 @@ def auto_keep_graphs(
     Measured on one micro-batch of random pixels, in the current precision. Call it between steps: it clears gradients.
     Room is left for matching that micro-batch when all `pool` texts that may draw one of its images do so, and for
     what the `optimizer` is still to allocate. On the CPU one image is measured, and kept graphs get half of the
-    available memory. ValueError if not one micro-batch fits.
+    available memory. TooLarge if not one micro-batch fits.
     """
     micro_batch = min(micro_batch, samples)
     training, device = model.training, model.temp.device
@@ -72,10 +76,10 @@ def _measure_gpu(
             )
     if measured is None:
         available = free_gpu_memory(device)
-        raise ValueError(
+        raise TooLarge(
             f"batch_size_train {micro_batch} does not fit into {available / 1e9:.1f} GB of free GPU memory: lower it "
-            "(it is the micro-batch: the method stays the same), or raise vit_ckpt_layer (with vit_grad_ckpt true), or set precision bf16. "
-            "--dry_run finds the largest that fits."
+            "(it is the micro-batch: the method stays the same), or raise vit_ckpt_layer (with vit_grad_ckpt true), or "
+            "set precision bf16. --dry_run finds the largest that fits."
         )
     graph, peak = measured
     pixels = samples * 3 * image_size**2 * 4  # of all samples of a step; the measurement held one micro-batch

@@ -29,7 +29,7 @@ from models.blip_retrieval import BLIP_Retrieval, build_model
 from models.freezing import train_less
 from models.towers import Plan, plan_model, start_from_towers
 from training.recipe import check_disk, check_recipe, require_negatives
-from utils import choose_precision, from_main, gather_names, get_rank, is_main
+from utils import choose_precision, from_main, gather_names, get_rank, is_main, unused_driver
 
 LOG = "log.txt"  # of a run folder: one JSON line an epoch
 
@@ -83,6 +83,8 @@ def preflight(cfg: RetrievalConfig, args: argparse.Namespace) -> tuple[Job, Find
         return job, found
     found.add(check_data(cfg, job.splits, args.check))
     found.warnings += launcher_warnings()
+    if args.device == "auto" and (words := unused_driver()):
+        found.warnings.append(f"this runs on the CPU. {words}")
     if not args.evaluate and cfg.tensorboard and not find_spec("tensorboard"):
         found.errors.append(
             "tensorboard is true, but the package is not installed: pip install -r requirements-tensorboard.txt, or "
