@@ -281,7 +281,7 @@ def test_what_is_there_is_not_mixed_with(folder, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a.txt").write_text("mine")
     assert main(["export2", str(folder / "run"), str(tmp_path / "full")]) == 2
-    assert "full: there is something already; name a new folder" in capsys.readouterr().err
+    assert "full: there is something already; name a new one" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["a.txt"]
 
 

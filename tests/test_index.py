@@ -653,9 +653,10 @@ def test_every_process_of_a_launch_learns_that_another_one_writes(tmp_path, monk
     with indexing.only_writer(index):
         pass
     assert not (tmp_path / "index" / index_module.LOCK).exists()  # the first process alone takes it
-    monkeypatch.setattr(indexing, "from_main", lambda value: ["another process is writing"])
-    with pytest.raises(ValueError, match="another process is writing"), indexing.only_writer(index):
-        pass
+    for reason in (ValueError("another process is writing"), Stopped("SIGTERM")):
+        monkeypatch.setattr(indexing, "from_main", lambda value, reason=reason: [reason])
+        with pytest.raises(type(reason), match=str(reason)), indexing.only_writer(index):
+            pass
 
 
 def test_other_weights_and_roots_are_refused(indexed, tmp_path, capsys):

@@ -61,9 +61,9 @@ def run(*args: str) -> int:
 
 
 def page_commands() -> list[list[str]]:
-    """Arguments of the page's commands on `mine.yaml`, in order."""
+    """Arguments of the page's commands on `mine.yaml` and the run's own config, in order."""
     blocks = "".join(re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)).replace("\\\n", " ")
-    commands = [shlex.split(line) for line in blocks.splitlines() if "mine.yaml" in line]
+    commands = [shlex.split(line) for line in blocks.splitlines() if re.search("mine(.yaml|/config.yaml)", line)]
     return [command[command.index("train_retrieval.py") + 1 :] + ["--device", "cpu"] for command in commands]
 
 
