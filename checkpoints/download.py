@@ -49,15 +49,13 @@ NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionEr
 
 def local_path(source: str, cache_dir: str = "") -> Path:
     """The file or folder behind a path, an http(s) address, or the name of a released file (RELEASED)."""
-    if re.match(r"https?://", source, re.IGNORECASE):
-        return _checked(_fetch(source, cache_folder(cache_dir)))
+    if address := _address(source):
+        return _checked(_fetch(address, cache_folder(cache_dir)))
     path = Path(source).expanduser()
     if path.is_dir():
         return path
     if path.exists():
         return _checked(path)
-    if source in RELEASED:
-        return _checked(_fetch(RELEASES + source, cache_folder(cache_dir)))
     near = difflib.get_close_matches(path.name, RELEASED, n=1)
     raise ValueError(
         f"{source}: there is no such file or folder. Give a path, an http(s) address, or the name of a released "
@@ -67,13 +65,15 @@ def local_path(source: str, cache_dir: str = "") -> Path:
 
 def is_to_be_downloaded(source: str, cache_dir: str = "") -> bool:
     """Whether `local_path` would download it."""
+    address = _address(source)
+    return bool(address) and not (cache_folder(cache_dir) / _file_name(address)).exists()
+
+
+def _address(source: str) -> str:
+    """Where it comes from if it is an address, or a released name that no file here has; else ''."""
     if re.match(r"https?://", source, re.IGNORECASE):
-        address = source
-    elif source in RELEASED and not Path(source).expanduser().exists():
-        address = RELEASES + source
-    else:
-        return False
-    return not (cache_folder(cache_dir) / _file_name(address)).exists()
+        return source
+    return RELEASES + source if source in RELEASED and not Path(source).expanduser().exists() else ""
 
 
 def cache_folder(cache_dir: str = "") -> Path:

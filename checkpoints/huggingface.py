@@ -27,7 +27,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoints.files import few, new_folder, require_new
+from checkpoints.files import few, new_folder
 from checkpoints.model_card import CARD, model_card
 from checkpoints.weights import QUEUES, TWINS, Sizes, WeightFile, read_sizes, read_weights, tokenizer_in
 from configs.schema import TEMP_RANGE
@@ -109,7 +109,6 @@ def write_folder(
     The tensors are official ones of the file `name`, `extra` what else it says, `sha256` that of the weights.
     ValueError if there is something of the folder's name.
     """
-    require_new(folder)
     if read_sizes(state, name).norm_pre:
         raise ValueError(f"{name}: its image encoder is CLIP's, with a norm that {ARCHITECTURE} does not have.")
     extra = extra or {}
